@@ -1,0 +1,196 @@
+"""The commands. Each imports what it needs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+TRAINERS = ("pretrain", "sft", "rl")
+
+
+def inspect(model: Positional[str], *, json_: Annotated[bool, arg(name="json")] = False) -> None:
+    """Sizes of a preset (m1-40k, m1-80k), a model folder, a .gguf file or a shipped model."""
+    from dataclasses import asdict
+
+    from openm1.model.config import PRESETS
+    from openm1.model.size import model_size
+
+    if model in PRESETS:
+        config = PRESETS[model]
+    else:
+        from openm1.model.hf import read_config
+
+        config = read_config(model)
+    size = asdict(model_size(config))
+    if json_:
+        print(json.dumps(size))
+        return
+    for name, value in size.items():
+        print(f"{name:<26}{value:>20,}")
+
+
+def generate(
+    prompt: Positional[tuple[str, ...]],
+    *,
+    model: str = "nano",
+    dtype: Dtype = "float32",
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    n: int = 1,
+    stop: tuple[str, ...] = (),
+    ignore_eos: bool = False,
+    thinking_budget: int | None = None,
+    json_: Annotated[bool, arg(name="json")] = False,
+) -> None:
+    """Continues one or more prompts as they stand, without a chat template."""
+    from dataclasses import asdict
+
+    from openm1.engine.llm import LLM
+    from openm1.types import SamplingParams
+
+    if not prompt:
+        raise ValueError("generate needs at least one prompt")
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        n=n,
+        stop=stop,
+        ignore_eos=ignore_eos,
+        thinking_budget=thinking_budget,
+    )
+    groups = LLM(model, dtype=dtype).generate(list(prompt), params)
+    if json_:
+        print(json.dumps([[asdict(c) for c in group] for group in groups]))
+        return
+    for text, group in zip(prompt, groups, strict=True):
+        for completion in group:
+            thought = (
+                "" if completion.reasoning is None else f"<think>{completion.reasoning}</think>"
+            )
+            print(f"{text}{thought}{completion.text}")
+
+
+def chat(
+    question: Positional[str] = "",
+    *,
+    model: str = "nano",
+    dtype: Dtype = "float32",
+    system: str = "",
+    max_tokens: int = 1024,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    thinking_budget: int | None = None,
+) -> None:
+    """Talks with a model, its thought visible. With a question it answers that and ends."""
+    from openm1.cli.chat import run_chat
+    from openm1.engine.llm import LLM
+    from openm1.types import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, seed=seed, thinking_budget=thinking_budget
+    )
+    run_chat(LLM(model, dtype=dtype), params, system=system, question=question)
+
+
+def convert(
+    model: Positional[str],
+    target: Positional[Path],
+    *,
+    layout: Literal["published", "transformers"] = "published",
+    dtype: Dtype = "float32",
+) -> None:
+    """Rewrites a checkpoint in another layout or dtype; .gguf files of Llama type can be read."""
+    from openm1.engine.llm import load_tokenizer
+    from openm1.model.m1 import M1ForCausalLM
+
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+        raise ValueError(f"{target} exists and is not empty; give a new folder")
+    M1ForCausalLM.from_pretrained(model, dtype=dtype).save_pretrained(target, layout=layout)
+    tokenizer = load_tokenizer(model)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
+    print(f"wrote {target}")
+
+
+def evaluate(
+    *,
+    model: str = "nano",
+    tasks: str | None = None,
+    num_samples: int = 100,
+    seed: int = 0,
+    max_tokens: int = 1024,
+    temperature: float = 0.0,
+    thinking_budget: int | None = None,
+    json_: Annotated[bool, arg(name="json")] = False,
+) -> None:
+    """Accuracy on held-out tasks; --tasks a,b names families, else those of the model's card."""
+    from openm1.engine.llm import LLM
+    from openm1.evals.report import eval_json, eval_table
+    from openm1.evals.run import EvalConfig
+    from openm1.evals.run import evaluate as run
+    from openm1.recipes.card import read_card
+
+    names = (
+        tuple(t.strip() for t in tasks.split(",")) if tasks else tuple(read_card(model).families)
+    )
+    config = EvalConfig(
+        tasks=names,
+        num_samples=num_samples,
+        seed=seed,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        thinking_budget=thinking_budget,
+    )
+    llm = LLM(model)
+    results = run(llm.policy, llm.chat_format, config)
+    if json_:
+        about = {"model": model, "seed": seed, "temperature": temperature}
+        print(json.dumps(eval_json(results, thinking_budget=thinking_budget, **about)))
+        return
+    from rich.console import Console
+
+    Console().print(eval_table(results, f"{model}, seed {seed}"))
+
+
+def demo(*, folder: Path = Path("runs/demo"), open_report: bool = False) -> None:
+    """Pretraining, cold start and CISPO of a nano model in view, then the shipped one answers."""
+    from openm1.recipes.demo import run_demo
+
+    run_demo(folder, open_report=open_report)
+
+
+def train(kind: str, args: Sequence[str]) -> None:
+    """`openm1 pretrain|sft|rl RECIPE [--overrides]`."""
+    from openm1.recipes.catalog import recipe_stage
+    from openm1.recipes.runs import RLRun, run_rl, run_supervised
+
+    if not args or args[0].startswith("-"):
+        from openm1.recipes.catalog import RECIPES
+
+        raise ValueError(f"openm1 {kind} needs a recipe: {', '.join(RECIPES)}")
+    default = recipe_stage(args[0], kind)
+    run = tyro.cli(type(default), default=default, args=args[1:], prog=f"openm1 {kind} {args[0]}")
+    checkpoint = run_rl(run, kind) if isinstance(run, RLRun) else run_supervised(run, kind)
+    print(f"wrote {checkpoint}")
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "inspect": inspect,
+    "generate": generate,
+    "chat": chat,
+    "convert": convert,
+    "eval": evaluate,
+    "demo": demo,
+}

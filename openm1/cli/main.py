@@ -1,0 +1,32 @@
+"""`openm1 COMMAND ...`: finds the command, shows errors as one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from tyro.extras import subcommand_cli_from_dict
+
+from openm1.cli.commands import COMMANDS, TRAINERS, train
+
+DESCRIPTION = """OpenM1: run, train and measure MiniMax-M1-class reasoning models.
+
+Training: openm1 pretrain|sft|rl RECIPE [--help] [--overrides]."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exit status 0, or 2 with the reason on standard error where the input was at fault."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if args and args[0] in TRAINERS:
+            train(args[0], args[1:])
+        else:
+            subcommand_cli_from_dict(
+                COMMANDS, prog="openm1", description=DESCRIPTION, args=args, use_underscores=False
+            )
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"openm1: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("openm1: interrupted", file=sys.stderr)
+        sys.exit(130)

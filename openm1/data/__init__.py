@@ -1,0 +1,4 @@
+"""From conversations and documents to packed batches.
+
+Reading order: packing, sft.
+"""

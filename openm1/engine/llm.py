@@ -1,0 +1,215 @@
+"""Text in, text out: the engine with a tokenizer and a chat format."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from openm1.chat.reply import reply_text
+from openm1.chat.template import ChatFormat, chat_format_for
+from openm1.chat.thinking import THINK_CLOSE, THINK_OPEN, ThoughtSplitter, split_thought
+from openm1.chat.tokenizer import StreamDecoder, Tokenizer
+from openm1.chat.tools import parse_tool_calls
+from openm1.engine.engine import Engine, EngineConfig, SpecialTokens
+from openm1.engine.request import Request
+from openm1.engine.sampler import child_seed
+from openm1.engine.stopping import cut_at_stop
+from openm1.model.m1 import M1ForCausalLM
+from openm1.types import Completion, Message, SamplingParams, ToolSpec
+
+if TYPE_CHECKING:
+    from openm1.engine.client import EnginePolicy
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model that answers.
+
+    >>> llm = LLM("nano")
+    >>> llm.chat([Message(role="user", content="4 -9 +8 *9 +1")]).text
+    """
+
+    def __init__(
+        self,
+        model: str | Path | M1ForCausalLM,
+        *,
+        tokenizer: Tokenizer | None = None,
+        dtype: str | torch.dtype = "float32",
+        device: str = "cpu",
+        config: EngineConfig | None = None,
+    ) -> None:
+        """`model` is a folder, a .gguf file, "nano", or a model already in memory.
+
+        Without a tokenizer (none given, none beside the weights) only token ids can be generated.
+        """
+        if isinstance(model, M1ForCausalLM):
+            self.model = model
+        else:
+            self.model = M1ForCausalLM.from_pretrained(model, dtype=dtype, device=device)
+            tokenizer = tokenizer or load_tokenizer(model)
+        self.tokenizer = tokenizer
+        if tokenizer is not None and tokenizer.vocab_size > self.model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, the model only "
+                f"{self.model.config.vocab_size}"
+            )
+        self.engine = Engine(self.model, special_tokens(self.model, tokenizer), config)
+
+    @property
+    def policy(self) -> EnginePolicy:
+        """The same engine as an async `Policy`."""
+        from openm1.engine.client import EnginePolicy
+
+        return EnginePolicy(self.engine)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+    ) -> list[list[Completion]]:
+        """`params.n` completions for each prompt, prompts being text or token ids.
+
+        In text, special tokens written out are taken as such: this is the raw interface, `chat` is
+        the safe one.
+        """
+        params = params or SamplingParams()
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]  # pyright: ignore[reportAssignmentType]
+        requests = [
+            self._submit_all(self._prompt_ids(prompt), params)  # pyright: ignore
+            for prompt in prompts
+        ]
+        while self.engine.has_work:
+            self.engine.step()
+        return [[self._completion(r) for r in group] for group in requests]
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[ToolSpec] = (),
+        session: str | None = None,
+    ) -> Completion:
+        """The next assistant turn of one conversation, thought, answer and tool calls apart.
+
+        Calls with the same `session` reuse the cache where the conversation only grew.
+        """
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise ValueError(f"n is {params.n}; chat gives one completion, generate gives n")
+        ids = self.chat_format.encode(messages, tools, add_generation_prompt=True)
+        request = self._submit(ids, params, session=session)
+        while request.finish_reason is None:
+            self.engine.step()
+        completion = self._completion(request)
+        text, calls = parse_tool_calls(completion.text)
+        return replace(completion, text=text, tool_calls=calls)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[ToolSpec] = (),
+        session: str | None = None,
+    ) -> Iterator[tuple[Literal["reasoning", "answer"], str] | Completion]:
+        """Pieces of thought and answer as they come, then the whole `Completion`.
+
+        Closing the generator aborts the request.
+        """
+        params = params or SamplingParams()
+        ids = self.chat_format.encode(messages, tools, add_generation_prompt=True)
+        request = self._submit(ids, params, session=session)
+        decoder = StreamDecoder(self._tokenizer, skip_special_tokens=False)
+        splitter = ThoughtSplitter(opened=request.thought.phase == "inside")
+        shown = 0
+        try:
+            while request.finish_reason is None:
+                self.engine.step()
+                for token in request.output_ids[shown:]:
+                    if token not in self.engine.tokens.eos_token_ids:
+                        yield from splitter.push(decoder.push(token))
+                shown = len(request.output_ids)
+            yield from splitter.push(decoder.flush())
+            yield from splitter.flush()
+        finally:
+            self.engine.abort(request)
+        completion = self._completion(request)
+        text, calls = parse_tool_calls(completion.text)
+        yield replace(completion, text=text, tool_calls=calls)
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """How conversations become tokens; raises ValueError where the model has none."""
+        return chat_format_for(self._tokenizer)
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer; give prompts as token ids")
+        return self.tokenizer
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(prompt, allow_special=True)
+        return list(prompt)
+
+    def _submit_all(self, prompt_ids: list[int], params: SamplingParams) -> list[Request]:
+        if params.n == 1:
+            return [self._submit(prompt_ids, params)]
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        return [
+            self._submit(prompt_ids, replace(params, n=1, seed=child_seed(seed, i)))
+            for i in range(params.n)
+        ]
+
+    def _submit(
+        self, prompt_ids: list[int], params: SamplingParams, *, session: str | None = None
+    ) -> Request:
+        piece = StreamDecoder(self._tokenizer).push if params.stop else None
+        return self.engine.submit(prompt_ids, params, session=session, decode_piece=piece)
+
+    def _completion(self, request: Request) -> Completion:
+        completion = self.engine.completion(request)
+        if self.tokenizer is None:
+            return completion
+        text = reply_text(self.tokenizer, completion.token_ids)
+        reasoning, answer = split_thought(text, opened=request.thought.opened_by_prompt)
+        return replace(
+            completion, text=cut_at_stop(answer, request.params.stop), reasoning=reasoning
+        )
+
+
+def special_tokens(model: M1ForCausalLM, tokenizer: Tokenizer | None) -> SpecialTokens:
+    """What the engine needs of a tokenizer. The end of sentence is the tokenizer's: the published
+    config.json says null."""
+    if tokenizer is None:
+        eos = model.config.eos_token_id
+        return SpecialTokens(
+            vocab_size=model.config.vocab_size,
+            eos_token_ids=frozenset() if eos is None else frozenset({eos}),
+        )
+    return SpecialTokens(
+        vocab_size=tokenizer.vocab_size,
+        eos_token_ids=frozenset({tokenizer.eos_token_id} - {None}),
+        think_open=tuple(tokenizer.encode(THINK_OPEN, allow_special=True)),
+        think_close=tuple(tokenizer.encode(THINK_CLOSE, allow_special=True)),
+    )
+
+
+def load_tokenizer(path_or_name: str | Path) -> Tokenizer | None:
+    """The tokenizer beside a model's weights, or None where there is none."""
+    from openm1.model.gguf import read_gguf_tokenizer_fields
+    from openm1.model.hf import resolve_path
+
+    path = resolve_path(path_or_name)
+    if path.suffix == ".gguf":
+        return Tokenizer.from_gguf_fields(**read_gguf_tokenizer_fields(path))
+    if (path / "tokenizer.json").is_file():
+        return Tokenizer.from_pretrained(path)
+    return None

@@ -1,0 +1,1 @@
+"""Tasks that grade themselves. Reading order: base, chain, hop, logic, catalog."""

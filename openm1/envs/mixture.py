@@ -1,0 +1,33 @@
+"""Several tasksets as one stream in which every task can be found again by its number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from openm1.envs.base import stable_hash
+from openm1.protocols import Taskset
+from openm1.types import Task
+
+
+class Mixture:
+    """Training tasks drawn from tasksets by weight; task i depends on (seed, i) alone."""
+
+    def __init__(
+        self, tasksets: Sequence[Taskset], *, weights: Sequence[float] | None = None, seed: int = 0
+    ) -> None:
+        self.tasksets = list(tasksets)
+        self.weights = list(weights) if weights is not None else [1.0] * len(self.tasksets)
+        self.seed = seed
+        if not self.tasksets or len(self.weights) != len(self.tasksets) or min(self.weights) < 0:
+            raise ValueError(
+                f"{len(self.tasksets)} tasksets with weights {self.weights}; allowed is at least "
+                "one taskset and one weight of 0 or more for each"
+            )
+
+    def task(self, index: int) -> tuple[Taskset, Task]:
+        """The task at any place of the endless stream."""
+        taskset = Random(stable_hash(f"{self.seed}/{index}")).choices(self.tasksets, self.weights)[
+            0
+        ]
+        return taskset, next(taskset.train(stable_hash(f"{self.seed}/{index}/task")))

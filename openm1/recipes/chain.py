@@ -1,0 +1,58 @@
+"""The demo's model: it knows chain arithmetic, unlearns to show it, and finds it again by CISPO."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from openm1.recipes.runs import ModelShape, RLRun, SupervisedRun, TraceData
+from openm1.rl.loop import RLConfig
+from openm1.train.optim import AdamWConfig
+from openm1.train.schedule import Schedule
+from openm1.train.supervised import SupervisedConfig
+
+FOLDER = Path("runs/chain")
+FAMILIES = {"chain": 1.0}
+
+# A few replies without a thought, so that an answer given at once is a guess and not a stumble.
+DIRECT_SHARE = {"chain": 0.05}
+
+PRETRAIN = SupervisedRun(
+    folder=FOLDER / "pretrain",
+    shape=ModelShape(num_hidden_layers=4, softmax_period=4),
+    data=TraceData(
+        families=FAMILIES, batch_tokens=2048, chain_full_share=0.7, direct_share=DIRECT_SHARE
+    ),
+    train=SupervisedConfig(
+        num_steps=600,
+        optimizer=AdamWConfig(learning_rate=4e-3),
+        schedule=Schedule(warmup_steps=20, decay_share=0.4),
+        save_every_steps=200,
+    ),
+)
+
+COLD_START = SupervisedRun(
+    folder=FOLDER / "sft",
+    init=PRETRAIN.folder,
+    data=replace(PRETRAIN.data, chain_full_share=0.15, seed=1),
+    train=SupervisedConfig(
+        num_steps=60,
+        optimizer=AdamWConfig(learning_rate=1e-3),
+        schedule=Schedule(decay_share=0.3),
+        save_every_steps=60,
+    ),
+)
+"""Mostly thoughts that take several operations at once, and so mostly fail."""
+
+CISPO_RUN = RLRun(
+    folder=FOLDER / "rl",
+    init=COLD_START.folder,
+    families=FAMILIES,
+    rl=RLConfig(
+        num_steps=24,
+        max_response_tokens=20,
+        optimizer=AdamWConfig(learning_rate=1e-4),
+        schedule=Schedule(decay_share=0.4),
+        save_every_steps=8,
+    ),
+)

@@ -1,0 +1,176 @@
+"""One stage of a training as a value, and how it runs: the base of every recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from openm1.chat.template import ChatFormat, chat_format_for
+from openm1.chat.tokenizer import Tokenizer
+from openm1.data.packing import Example
+from openm1.data.sft import conversation_example
+from openm1.engine.llm import load_tokenizer
+from openm1.envs.base import stable_hash
+from openm1.envs.catalog import make_taskset
+from openm1.envs.chain import ChainTaskset
+from openm1.envs.mixture import Mixture
+from openm1.model.config import M1Config, post_norm_config
+from openm1.model.m1 import M1ForCausalLM
+from openm1.recipes.vocabulary import nano_tokenizer, padded_vocab_size
+from openm1.rl.local import train_rl_locally
+from openm1.rl.loop import RLConfig, StepHook
+from openm1.train.checkpoint import RunFolder
+from openm1.train.supervised import Source, SupervisedConfig, train_supervised
+from openm1.types import Message, Task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """A nano model's size; everything else has M1's ratios."""
+
+    hidden_size: int = 64
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    intermediate_size: int = 64
+    softmax_period: int = 8
+    """Every such layer is softmax: 8 is M1's 7:1, 4 is 3:1."""
+    num_local_experts: int = 4
+
+    def config(self, tokenizer: Tokenizer) -> M1Config:
+        return post_norm_config(
+            vocab_size=padded_vocab_size(tokenizer),
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=self.intermediate_size,
+            period=self.softmax_period,
+            num_local_experts=self.num_local_experts,
+            max_position_embeddings=65_536,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TraceData:
+    """Worked solutions of tasks as conversations."""
+
+    families: dict[str, float]
+    """Tasksets and their weights."""
+    batch_tokens: int = 4096
+    """Tokens per optimizer step, filled with whole conversations."""
+    chain_full_share: float = 1.0
+    """Share of chain's thoughts that compute after every operation; the others take short cuts."""
+    direct_share: dict[str, float] = field(default_factory=dict)
+    """Per family, the share of conversations that answer without a thought."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens is {self.batch_tokens}; allowed is at least 1")
+        if unknown := set(self.direct_share) - set(self.families):
+            raise ValueError(f"direct_share names {sorted(unknown)}, which are not in families")
+
+
+class TraceSource:
+    """`train.supervised.Source`: the conversations of a step, from (seed, step) alone."""
+
+    def __init__(self, data: TraceData, chat_format: ChatFormat) -> None:
+        self.data, self.chat_format = data, chat_format
+        self.mixture = Mixture(
+            [make_taskset(name) for name in data.families],
+            weights=list(data.families.values()),
+            seed=data.seed,
+        )
+
+    def __call__(self, step: int) -> Sequence[Example]:
+        examples: list[Example] = []
+        room = self.data.batch_tokens
+        index = 0
+        while room > 0:
+            # Steps are far apart in the stream: no batch reaches into the next one's tasks.
+            place = step * 1_000_000 + index
+            taskset, task = self.mixture.task(place)
+            reply = self._reply(taskset, task, Random(stable_hash(f"{self.data.seed}/{place}")))
+            examples.append(conversation_example(self.chat_format, [*task.prompt, reply]))
+            room -= len(examples[-1].token_ids)
+            index += 1
+        return examples
+
+    def _reply(self, taskset: object, task: Task, rng: Random) -> Message:
+        if rng.random() < self.data.direct_share.get(task.family, 0.0):
+            return Message(role="assistant", reasoning="", content=task.answer)
+        if isinstance(taskset, ChainTaskset):
+            return taskset.trace(task, rng, share_full=self.data.chain_full_share)
+        return taskset.solution(task, rng)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SupervisedRun:
+    """Pretraining (from scratch) or fine-tuning (from `init`)."""
+
+    folder: Path
+    data: TraceData
+    train: SupervisedConfig
+    init: Path | None = None
+    """A checkpoint to start from; None starts from random weights of `shape`."""
+    shape: ModelShape = field(default_factory=ModelShape)
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RLRun:
+    """Reinforcement learning from a checkpoint."""
+
+    folder: Path
+    init: Path
+    families: dict[str, float]
+    rl: RLConfig
+    max_num_seqs: int = 256
+
+
+def run_supervised(run: SupervisedRun, title: str) -> Path:
+    """Trains or resumes; returns the last checkpoint."""
+    folder = RunFolder.open(run.folder, run)
+    if run.init is None:
+        tokenizer = nano_tokenizer()
+        model = M1ForCausalLM(run.shape.config(tokenizer), seed=run.seed)
+    else:
+        model, tokenizer = load_start(run.init)
+    source: Source = TraceSource(run.data, chat_format_for(tokenizer))
+    return train_supervised(model, source, run.train, folder, tokenizer=tokenizer, title=title)
+
+
+def run_rl(run: RLRun, title: str, on_step: StepHook | None = None) -> Path:
+    """Trains or resumes; returns the last checkpoint."""
+    folder = RunFolder.open(run.folder, run)
+    model, tokenizer = load_start(run.init)
+    mixture = Mixture(
+        [make_taskset(name) for name in run.families],
+        weights=list(run.families.values()),
+        seed=run.rl.seed,
+    )
+    return train_rl_locally(
+        model,
+        tokenizer,
+        mixture,
+        run.rl,
+        folder,
+        title=title,
+        max_num_seqs=run.max_num_seqs,
+        on_step=on_step,
+    )
+
+
+def load_start(path: Path) -> tuple[M1ForCausalLM, Tokenizer]:
+    """A checkpoint's model and tokenizer; a run folder stands for its newest checkpoint."""
+    if (path / "checkpoints").is_dir():
+        latest = RunFolder(path).latest()
+        if latest is None:
+            raise ValueError(f"{path} holds no whole checkpoint yet")
+        path = latest
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer.json, which training needs")
+    return M1ForCausalLM.from_pretrained(path), tokenizer

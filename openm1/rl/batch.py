@@ -1,0 +1,101 @@
+"""From groups of rollouts to training samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openm1.data.packing import Example, PackedBatch, pack
+from openm1.rl.advantage import group_advantages
+from openm1.types import Rollout, RolloutGroup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One rollout as one sequence. Old log-probabilities stand where the mask is True."""
+
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+    """True for what the policy chose: not prompts, not the environment, not forced tokens."""
+    old_logprobs: tuple[float, ...]
+    advantage: float
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return len(self.old_logprobs)
+
+
+def has_signal(group: RolloutGroup) -> bool:
+    """Whether rewards differ: a group that is all right or all wrong teaches nothing."""
+    rewards = {rollout.reward for rollout in group.rollouts if rollout.error is None}
+    return len(rewards) > 1
+
+
+def group_samples(group: RolloutGroup) -> list[Sample]:
+    """Samples with group-relative advantages. Failed rollouts are left out of mean and batch."""
+    good = [rollout for rollout in group.rollouts if rollout.error is None]
+    advantages = group_advantages([r.reward for r in good if r.reward is not None])
+    return [_sample(rollout, a) for rollout, a in zip(good, advantages, strict=True)]
+
+
+def _sample(rollout: Rollout, advantage: float) -> Sample:
+    ids: list[int] = []
+    mask: list[bool] = []
+    logprobs: list[float] = []
+    for turn in rollout.turns:
+        new = turn.prompt_ids[len(ids) :]
+        assert turn.prompt_ids[: len(ids)] == tuple(ids), "a turn does not extend the one before"
+        chosen = [not forced for forced in turn.completion.forced]
+        ids += [*new, *turn.completion.token_ids]
+        mask += [False] * len(new) + chosen
+        logprobs += [p for p, c in zip(turn.completion.logprobs, chosen, strict=True) if c]
+    return Sample(
+        token_ids=tuple(ids),
+        loss_mask=tuple(mask),
+        old_logprobs=tuple(logprobs),
+        advantage=advantage,
+    )
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """Packed samples; the per-token tensors cover the M masked places in packed order."""
+
+    packed: PackedBatch
+    old_logprobs: Tensor
+    """[M] fp32."""
+    advantages: Tensor
+    """[M] fp32."""
+    sample_index: Tensor
+    """[M] int64: which sample of this batch."""
+
+
+def pack_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") -> PolicyBatch:
+    counts = torch.tensor([sample.num_loss_tokens for sample in samples])
+    advantages = torch.tensor([sample.advantage for sample in samples])
+    old = [logprob for sample in samples for logprob in sample.old_logprobs]
+    index = torch.repeat_interleave(torch.arange(len(samples)), counts)
+    examples = [Example(token_ids=s.token_ids, loss_mask=s.loss_mask) for s in samples]
+    return PolicyBatch(
+        packed=pack(examples, device),
+        old_logprobs=torch.tensor(old, device=device),
+        advantages=advantages[index].to(device),
+        sample_index=index.to(device),
+    )
+
+
+def split_samples(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
+    """Consecutive samples in micro-batches of at most `max_tokens`; a longer one stands alone."""
+    groups: list[list[Sample]] = []
+    room = 0
+    for sample in samples:
+        size = len(sample.token_ids)
+        if not groups or size > room:
+            groups.append([])
+            room = max_tokens
+        groups[-1].append(sample)
+        room -= size
+    return groups

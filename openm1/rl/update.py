@@ -1,0 +1,128 @@
+"""Several off-policy optimizer steps on one generation batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from statistics import fmean
+
+import torch
+
+from openm1.model.m1 import M1ForCausalLM
+from openm1.rl.batch import Sample, pack_samples, split_samples
+from openm1.rl.losses import Loss, policy_loss
+from openm1.rl.monitor import agreement_metrics
+from openm1.train.loss import score_tokens
+from openm1.train.step import optimizer_step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdatePlan:
+    """How one generation batch is learned from."""
+
+    loss: Loss
+    num_updates: int
+    max_tokens: int
+    """Tokens per forward pass."""
+    temperature: float
+    learning_rate: float
+    max_grad_norm: float
+    recompute_old: bool
+    """Anchor the ratio at the trainer's own log-probabilities instead of the sampler's."""
+
+
+def update_policy(
+    model: M1ForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    samples: Sequence[Sample],
+    plan: UpdatePlan,
+    rng: Random,
+) -> dict[str, float]:
+    """Shuffles the samples into `num_updates` mini-batches, one optimizer step each.
+
+    With one update the ratio is 1 and every loss is the plain policy gradient. Agreement with the
+    sampler is measured where the weights are still the sampler's: on all samples when their
+    log-probabilities are recomputed, else on the first mini-batch.
+    """
+    order = list(samples)
+    rng.shuffle(order)
+    metrics: dict[str, float] = {}
+    if plan.recompute_old:
+        trainer = recompute_logprobs(model, order, plan)
+        metrics = agreement_metrics(torch.cat(trainer), _old_logprobs(order))
+        rows = zip(order, trainer, strict=True)
+        order = [replace(s, old_logprobs=tuple(t.tolist())) for s, t in rows]
+    size = -(-len(order) // plan.num_updates)
+    steps: list[dict[str, float]] = []
+    for start in range(0, len(order), size):
+        mini_batch = order[start : start + size]
+        step, logprobs = _mini_batch_step(model, optimizer, mini_batch, plan)
+        steps.append(step)
+        if not metrics:
+            metrics = agreement_metrics(logprobs, _old_logprobs(mini_batch))
+    means = {name: fmean(step[name] for step in steps) for name in steps[0]}
+    return metrics | means | {"rl/num_updates": len(steps)}
+
+
+def _old_logprobs(samples: Sequence[Sample]) -> torch.Tensor:
+    return torch.tensor([p for sample in samples for p in sample.old_logprobs])
+
+
+@torch.no_grad()
+def recompute_logprobs(
+    model: M1ForCausalLM, samples: Sequence[Sample], plan: UpdatePlan
+) -> list[torch.Tensor]:
+    """The trainer's log-probabilities of each sample's chosen tokens, before any update."""
+    parts: list[torch.Tensor] = []
+    for group in split_samples(samples, plan.max_tokens):
+        batch = pack_samples(group, model.device)
+        scores = score_tokens(model, batch.packed, temperature=plan.temperature)
+        parts.extend(scores.logprobs.cpu().split([s.num_loss_tokens for s in group]))
+    return parts
+
+
+def _mini_batch_step(
+    model: M1ForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    samples: Sequence[Sample],
+    plan: UpdatePlan,
+) -> tuple[dict[str, float], torch.Tensor]:
+    """One optimizer step; its metrics, and the log-probabilities from before it."""
+    num_tokens = sum(sample.num_loss_tokens for sample in samples)
+    entropy = clipped = ratio_max = loss_sum = 0.0
+    logprobs = []
+    for group in split_samples(samples, plan.max_tokens):
+        batch = pack_samples(group, model.device)
+        scores = score_tokens(model, batch.packed, temperature=plan.temperature)
+        result = policy_loss(
+            plan.loss,
+            scores.logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            batch.sample_index,
+            num_tokens=num_tokens,
+            num_samples=len(samples),
+        )
+        share = len(scores.logprobs) / num_tokens
+        aux = model.config.router_aux_loss_coef * share * scores.aux_loss
+        (result.loss + aux).backward()
+        logprobs.append(scores.logprobs.detach().cpu())
+        loss_sum += float(result.loss.detach())
+        entropy += float(scores.entropy.sum()) / num_tokens
+        clipped += float((result.weights != result.ratio).sum()) / num_tokens
+        ratio_max = max(ratio_max, float(result.ratio.max()))
+    grad_norm = optimizer_step(
+        model,
+        optimizer,
+        learning_rate=plan.learning_rate,
+        max_grad_norm=plan.max_grad_norm,
+    )
+    metrics = {
+        "train/grad_norm": grad_norm,
+        "rl/loss": loss_sum,
+        "rl/entropy_nats": entropy,
+        "rl/clipped_share": clipped,
+        "rl/ratio_max": ratio_max,
+    }
+    return metrics, torch.cat(logprobs)

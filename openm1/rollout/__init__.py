@@ -1,0 +1,4 @@
+"""A task played against a policy; under both reinforcement learning and evaluation.
+
+Reading order: run.
+"""

@@ -1,0 +1,1 @@
+"""Tests of the model. `reference` is a second, independent implementation to test against."""
