@@ -1,4 +1,4 @@
-"""The cases: what is measured, and against whom. Each peer gets the same weights and the same work."""
+"""The cases: what is measured, and against whom. A peer gets the same weights and work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Case:
 def bench_config() -> M1Config:
     """Hidden 256, 7 lightning layers and 1 softmax, 4 heads of 64, 8 experts, top 2: 11 M.
 
-    transformers rotates whole heads, so rotary_dim is head_dim: the peer computes the same function.
+    transformers rotates whole heads, so rotary_dim is head_dim: both compute the same function.
     """
     return post_norm_config(
         vocab_size=4096,

@@ -1,4 +1,4 @@
-"""Runs cases side by side: alternating contestants, medians, ratios to the peer, a machine header."""
+"""Runs cases side by side: contestants take turns; medians, ratios, a machine header."""
 
 from __future__ import annotations
 

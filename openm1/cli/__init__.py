@@ -1,4 +1,4 @@
 """The command line.
 
-Reading order: main (which command), commands (what each does), chat (the conversation on a terminal).
+Reading order: main (which command), commands (what each does), chat (a conversation on a terminal).
 """

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 TRAINERS = ("pretrain", "sft", "rl")
+
+# A flag has one form, the one that changes something: --json, not --no-json beside it.
+TYRO_CONFIG = (FlagCreatePairsOff,)
 
 
 def inspect(model: Positional[str], *, json_: Annotated[bool, arg(name="json")] = False) -> None:
@@ -21,7 +25,8 @@ def inspect(model: Positional[str], *, json_: Annotated[bool, arg(name="json")] 
     from openm1.model.config import PRESETS
     from openm1.model.size import model_size
 
-    if model in PRESETS:
+    # "nano" is a shipped model as well, with a config of its own beside its weights.
+    if model in PRESETS and model != "nano":
         config = PRESETS[model]
     else:
         from openm1.model.hf import read_config
@@ -46,7 +51,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     n: int = 1,
-    stop: tuple[str, ...] = (),
+    stop: UseAppendAction[tuple[str, ...]] = (),
     ignore_eos: bool = False,
     thinking_budget: int | None = None,
     json_: Annotated[bool, arg(name="json")] = False,
@@ -137,6 +142,7 @@ def evaluate(
 ) -> None:
     """Accuracy on held-out tasks; --tasks a,b names families, else those of the model's card."""
     from openm1.engine.llm import LLM
+    from openm1.evals.metrics import EvaluationError
     from openm1.evals.report import eval_json, eval_table
     from openm1.evals.run import EvalConfig
     from openm1.evals.run import evaluate as run
@@ -154,7 +160,10 @@ def evaluate(
         thinking_budget=thinking_budget,
     )
     llm = LLM(model)
-    results = run(llm.policy, llm.chat_format, config)
+    try:
+        results = run(llm.policy, llm.chat_format, config)
+    except EvaluationError as error:
+        sys.exit(f"openm1: {error}")
     if json_:
         about = {"model": model, "seed": seed, "temperature": temperature}
         print(json.dumps(eval_json(results, thinking_budget=thinking_budget, **about)))
@@ -173,15 +182,22 @@ def demo(*, folder: Path = Path("runs/demo"), open_report: bool = False) -> None
 
 def train(kind: str, args: Sequence[str]) -> None:
     """`openm1 pretrain|sft|rl RECIPE [--overrides]`."""
-    from openm1.recipes.catalog import recipe_stage
+    from openm1.recipes.catalog import RECIPES, recipe_stage
     from openm1.recipes.runs import RLRun, run_rl, run_supervised
 
+    if args and args[0] in ("-h", "--help"):
+        print(f"usage: openm1 {kind} RECIPE [--help] [--overrides]\nrecipes: {', '.join(RECIPES)}")
+        return
     if not args or args[0].startswith("-"):
-        from openm1.recipes.catalog import RECIPES
-
-        raise ValueError(f"openm1 {kind} needs a recipe: {', '.join(RECIPES)}")
+        raise ValueError(f"{kind} needs a recipe: {', '.join(RECIPES)}")
     default = recipe_stage(args[0], kind)
-    run = tyro.cli(type(default), default=default, args=args[1:], prog=f"openm1 {kind} {args[0]}")
+    run = tyro.cli(
+        type(default),
+        default=default,
+        args=args[1:],
+        prog=f"openm1 {kind} {args[0]}",
+        config=TYRO_CONFIG,
+    )
     checkpoint = run_rl(run, kind) if isinstance(run, RLRun) else run_supervised(run, kind)
     print(f"wrote {checkpoint}")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tyro.extras import subcommand_cli_from_dict
 
-from openm1.cli.commands import COMMANDS, TRAINERS, train
+from openm1.cli.commands import COMMANDS, TRAINERS, TYRO_CONFIG, train
 
 DESCRIPTION = """OpenM1: run, train and measure MiniMax-M1-class reasoning models.
 
@@ -22,7 +22,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             train(args[0], args[1:])
         else:
             subcommand_cli_from_dict(
-                COMMANDS, prog="openm1", description=DESCRIPTION, args=args, use_underscores=False
+                COMMANDS,
+                prog="openm1",
+                description=DESCRIPTION,
+                args=args,
+                use_underscores=False,
+                config=TYRO_CONFIG,
             )
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"openm1: {error}", file=sys.stderr)

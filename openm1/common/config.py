@@ -29,8 +29,10 @@ def from_jsonable(cls: type[T], raw: Any) -> T:
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Writes a dataclass as indented JSON."""
-    path.write_text(json.dumps(to_jsonable(config), indent=2) + "\n")
+    """Writes a dataclass as indented JSON; the file is whole or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(to_jsonable(config), indent=2) + "\n")
+    temporary.replace(path)
 
 
 def load_config(cls: type[T], path: Path) -> T:
@@ -43,10 +45,12 @@ def _read(kind: Any, raw: Any, where: str) -> Any:
         return _read_union(get_args(kind), raw, where)
     if origin is tuple:
         inner = get_args(kind)[0]
-        return tuple(_read(inner, item, where) for item in raw)
+        items = enumerate(_typed(list, raw, where))
+        return tuple(_read(inner, item, f"{where}[{i}]") for i, item in items)
     if origin is dict:
         inner = get_args(kind)[1]
-        return {key: _read(inner, item, f"{where}.{key}") for key, item in raw.items()}
+        items = _typed(dict, raw, where).items()
+        return {key: _read(inner, item, f"{where}.{key}") for key, item in items}
     if origin is Literal:
         if raw not in get_args(kind):
             raise ValueError(
@@ -54,14 +58,25 @@ def _read(kind: Any, raw: Any, where: str) -> Any:
             )
         return raw
     if is_dataclass(kind):
-        return _read_dataclass(kind, raw, where)
-    return kind(raw) if kind in (float, Path) else raw
+        return _read_dataclass(kind, _typed(dict, raw, where), where)
+    if kind is Path:
+        return Path(_typed(str, raw, where))
+    if kind is float and type(raw) is int:
+        return float(raw)
+    return _typed(kind, raw, where) if kind in (str, int, float, bool) else raw
+
+
+def _typed(kind: type[T], raw: Any, where: str) -> T:
+    # A bool is an int to Python, not to a reader of the file.
+    if type(raw) is not kind:
+        raise ValueError(f"{where} is {raw!r}; allowed is a {kind.__name__}")
+    return raw
 
 
 def _read_union(options: tuple[Any, ...], raw: Any, where: str) -> Any:
     if raw is None and type(None) in options:
         return None
-    classes = {option.__name__: option for option in options if is_dataclass(option)}
+    classes = {o.__name__: o for o in options if isinstance(o, type) and is_dataclass(o)}
     if classes:
         kind = raw.get("kind") if isinstance(raw, dict) else None
         if kind not in classes:
@@ -70,10 +85,13 @@ def _read_union(options: tuple[Any, ...], raw: Any, where: str) -> Any:
     return _read(next(o for o in options if o is not type(None)), raw, where)
 
 
-def _read_dataclass(cls: Any, raw: Any, where: str) -> Any:
+def _read_dataclass(cls: Any, raw: dict[str, Any], where: str) -> Any:
     hints = get_type_hints(cls)
     names = {f.name for f in fields(cls)}
-    given = {key: value for key, value in raw.items() if key != "kind"}
-    if unknown := set(given) - names:
-        raise ValueError(f"{where} has unknown {', '.join(sorted(unknown))}")
+    given = dict(raw)
+    if (kind := given.pop("kind", None)) != cls.__name__:
+        raise ValueError(f"{where}.kind is {kind!r}; allowed is {cls.__name__!r}")
+    for problem, which in (("unknown", set(given) - names), ("no", names - set(given))):
+        if which:
+            raise ValueError(f"{where} has {problem} {', '.join(sorted(which))}")
     return cls(**{key: _read(hints[key], value, f"{where}.{key}") for key, value in given.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,15 +58,25 @@ def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Pac
     )
 
 
-def split_by_tokens(examples: Iterable[Example], max_tokens: int) -> list[list[Example]]:
-    """Consecutive examples in groups of at most `max_tokens` tokens; a longer one stands alone."""
-    groups: list[list[Example]] = []
+class HasTokens(Protocol):
+    """An `Example`, or anything else that becomes one."""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+
+
+Item = TypeVar("Item", bound=HasTokens)
+
+
+def split_by_tokens(items: Iterable[Item], max_tokens: int) -> list[list[Item]]:
+    """Consecutive items in groups of at most `max_tokens` inputs; a longer one stands alone."""
+    groups: list[list[Item]] = []
     room = 0
-    for example in examples:
-        size = len(example.token_ids) - 1
+    for item in items:
+        size = len(item.token_ids) - 1
         if not groups or size > room:
             groups.append([])
             room = max_tokens
-        groups[-1].append(example)
+        groups[-1].append(item)
         room -= size
     return groups

@@ -44,6 +44,8 @@ class SpecialTokens:
     eos_token_ids: frozenset[int] = frozenset()
     think_open: tuple[int, ...] = ()
     think_close: tuple[int, ...] = ()
+    is_blank: Callable[[int], bool] = lambda token: False
+    """Whether a token is blank characters only, which may stand before a thought."""
 
 
 class Engine:
@@ -72,7 +74,6 @@ class Engine:
         params: SamplingParams,
         *,
         session: str | None = None,
-        decode_piece: Callable[[int], str] | None = None,
     ) -> Request:
         """Queues one sequence. Raises ValueError on an empty, foreign or too long prompt."""
         self._check(prompt_ids, params)
@@ -84,11 +85,11 @@ class Engine:
             thought=ThoughtTracker(
                 self.tokens.think_open,
                 self.tokens.think_close,
+                is_blank=self.tokens.is_blank,
                 prompt_tail=self._tail(prompt_ids),
                 budget=params.thinking_budget,
             ),
             session=session,
-            decode_piece=decode_piece,
         )
         self._waiting.append(request)
         return request
@@ -117,15 +118,15 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Prefills what can be admitted, else decodes one token each; returns what finished."""
+        """Prefills what can be admitted, else decodes one token each; returns what finished.
+
+        After an error the running requests cannot go on; abort them.
+        """
         admitted = self._admit()
         batch = admitted or self._running
         if not batch:
             return []
-        logits = self._prefill(admitted) if admitted else self._decode()
-        if admitted:
-            self._running.extend(admitted)
-        self._sample(batch, logits)
+        self._sample(batch, self._prefill(admitted) if admitted else self._decode())
         done = [request for request in self._running if request.finish_reason is not None]
         if done:
             self._running = [r for r in self._running if r.finish_reason is None]
@@ -158,25 +159,41 @@ class Engine:
             policy_version=request.policy_version,
         )
 
+    def check_integrity(self) -> None:
+        """Asserts that each slot is free, running or a session's, and holds what it should."""
+        if self._cache is None:
+            assert not self._running and not self._sessions
+            return
+        slots = [*self._free, *(slot for slot, _ in self._sessions.values())]
+        slots += [request.slot for request in self._running if request.slot is not None]
+        assert sorted(slots) == list(range(self._cache.num_slots)), f"slots in use: {sorted(slots)}"
+        for slot, cached in self._sessions.values():
+            assert self._cache.lengths[slot] == len(cached)
+        for request in self._running:
+            assert request.slot is not None and request.finish_reason is None
+            # The newest token is run in the next step.
+            assert self._cache.lengths[request.slot] == len(request.token_ids) - 1
+
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Copies new weights in by name and forgets every cached sequence. Nothing may be running.
 
         Tensors that are the model's own storage are not copied, so a trainer may share its model.
         """
         if self.has_work:
-            raise RuntimeError(
-                "load_weights while requests are running; finish or abort them first"
-            )
+            raise RuntimeError("load_weights while requests run; finish or abort them first")
+        self._free += [slot for slot, _ in self._sessions.values()]
+        self._sessions.clear()
         own = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, tensor in tensors:
                 if name not in own:
                     raise ValueError(f"unknown weight {name!r}")
+                if own[name].shape != tensor.shape:
+                    raise ValueError(
+                        f"weight {name} has shape {[*tensor.shape]}; expected {[*own[name].shape]}"
+                    )
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
-        for slot, _ in self._sessions.values():
-            self._free.append(slot)
-        self._sessions.clear()
         self.policy_version = version
 
     def _admit(self) -> list[Request]:
@@ -184,12 +201,10 @@ class Engine:
             return []
         if self._cache is None:
             self._cache = HybridCache(
-                self.model.config,
-                self.config.max_num_seqs,
-                dtype=self.model.dtype,
-                device=self.model.device,
+                self.model.config, 0, dtype=self.model.dtype, device=self.model.device
             )
-            self._free = list(range(self.config.max_num_seqs))[::-1]
+        # Low slots first: those of a fresh batch then lie side by side and need no gathering.
+        self._free.sort(reverse=True)
         admitted: list[Request] = []
         while self._waiting:
             slot = self._slot_for(self._waiting[0])
@@ -199,6 +214,7 @@ class Engine:
             request.slot = slot
             request.policy_version = self.policy_version
             admitted.append(request)
+        self._running += admitted
         return admitted
 
     def _slot_for(self, request: Request) -> int | None:
@@ -210,18 +226,32 @@ class Engine:
                 request.num_cached = len(cached)
                 return slot
             self._free.append(slot)
-        if not self._free and self._sessions:
-            _, (oldest, _) = self._sessions.popitem(last=False)
-            self._free.append(oldest)
+        if not self._free:
+            self._make_free_slots()
         if not self._free:
             return None
         slot = self._free.pop()
         self._cache.reset(slot)
         return slot
 
+    def _make_free_slots(self) -> None:
+        """Adds slots while that is allowed, else forgets the session used longest ago."""
+        assert self._cache is not None
+        before = self._cache.num_slots
+        wanted = min(self.config.max_num_seqs, max(2 * before, len(self._waiting)))
+        if wanted > before:
+            self._cache.add_slots(wanted - before)
+            self._free = list(range(wanted - 1, before - 1, -1))
+        elif self._sessions:
+            _, (oldest, _) = self._sessions.popitem(last=False)
+            self._free.append(oldest)
+
     def _release(self, request: Request) -> None:
         assert request.slot is not None
         if request.session is not None and request.finish_reason != "abort":
+            if request.session in self._sessions:
+                # Two requests of one session ran side by side; the later one stays.
+                self._free.append(self._sessions.pop(request.session)[0])
             # The newest token was sampled but never run, so it is not in the cache.
             self._sessions[request.session] = (request.slot, request.token_ids[:-1])
         else:
@@ -229,23 +259,21 @@ class Engine:
         request.slot = None
 
     def _prefill(self, requests: list[Request]) -> Tensor:
-        """Logits [S, V] after each prompt. Equal prompts are computed once and their slots copied."""
+        """Logits [S, V] after each prompt; equal prompts are computed once, their slots copied."""
         assert self._cache is not None
-        leaders: dict[tuple[int, tuple[int, ...]], list[Request]] = {}
+        equal: dict[tuple[int, ...], list[Request]] = {}
         for request in requests:
-            key = (request.num_cached, tuple(request.prompt_ids))
-            # A prompt that continues a session has a slot of its own and leads only itself.
-            unique = key if not request.num_cached else (id(request), key[1])
-            leaders.setdefault(unique, []).append(request)
-        groups = list(leaders.values())
+            equal.setdefault(tuple(request.prompt_ids), []).append(request)
+        # The one with most of its prompt in the cache leads.
+        groups = [sorted(group, key=lambda r: -r.num_cached) for group in equal.values()]
         rows = self._prefill_rows([group[0] for group in groups])
-        index = {}
+        index: dict[Request, int] = {}
         for row, group in enumerate(groups):
             source, *targets = [request.slot for request in group]
             assert source is not None
             self._cache.fork(source, [slot for slot in targets if slot is not None])
-            index.update({id(request): row for request in group})
-        return rows[[index[id(request)] for request in requests]]
+            index.update(dict.fromkeys(group, row))
+        return rows[[index[request] for request in requests]]
 
     def _prefill_rows(self, requests: list[Request]) -> Tensor:
         last: dict[int, Tensor] = {}
@@ -259,15 +287,11 @@ class Engine:
                     budget -= take
                 if done + take < len(request.prompt_ids):
                     later.append((row, request, done + take))
-            ids = [
-                i
-                for _, request, done, take in batch
-                for i in request.prompt_ids[done : done + take]
-            ]
+            pieces = [request.prompt_ids[done : done + take] for _, request, done, take in batch]
             hidden = self._run(
-                ids,
+                [token for piece in pieces for token in piece],
                 [request.slot for _, request, _, _ in batch],
-                [take for *_, take in batch],
+                [len(piece) for piece in pieces],
             )
             last.update({row: hidden[n] for n, (row, *_) in enumerate(batch)})
             left = later
@@ -291,12 +315,14 @@ class Engine:
         logits[:, self.tokens.vocab_size :] = -torch.inf
         params = [request.params for request in requests]
         device = logits.device
-        temperature = torch.tensor([p.temperature for p in params], device=device)
+        temperature = torch.tensor(
+            [p.temperature for p in params], dtype=torch.float64, device=device
+        )
         chosen = sample(
             logits,
             temperature,
             torch.tensor([p.top_k for p in params], device=device),
-            torch.tensor([p.top_p for p in params], device=device),
+            torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
             uniforms([p.seed or 0 for p in params], [len(r.output_ids) for r in requests]),
         )
         forced = [request.thought.forced for request in requests]

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from openm1.chat.reply import reply_text
 from openm1.chat.template import ChatFormat, chat_format_for
-from openm1.chat.thinking import THINK_CLOSE, THINK_OPEN, ThoughtSplitter, split_thought
+from openm1.chat.thinking import THINK_CLOSE, THINK_OPEN, Part, ThoughtSplitter, split_thought
 from openm1.chat.tokenizer import StreamDecoder, Tokenizer
 from openm1.chat.tools import parse_tool_calls
 from openm1.engine.engine import Engine, EngineConfig, SpecialTokens
 from openm1.engine.request import Request
 from openm1.engine.sampler import child_seed
-from openm1.engine.stopping import cut_at_stop
+from openm1.engine.stopping import StopCutter, StopWatch, cut_at_stop
 from openm1.model.m1 import M1ForCausalLM
 from openm1.types import Completion, Message, SamplingParams, ToolSpec
 
@@ -63,7 +63,7 @@ class LLM:
 
     @property
     def policy(self) -> EnginePolicy:
-        """The same engine as an async `Policy`."""
+        """The same engine as an async `Policy`; it gives token ids, no text."""
         from openm1.engine.client import EnginePolicy
 
         return EnginePolicy(self.engine)
@@ -77,15 +77,20 @@ class LLM:
         the safe one.
         """
         params = params or SamplingParams()
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # pyright: ignore[reportAssignmentType]
-        requests = [
-            self._submit_all(self._prompt_ids(prompt), params)  # pyright: ignore
-            for prompt in prompts
-        ]
-        while self.engine.has_work:
-            self.engine.step()
-        return [[self._completion(r) for r in group] for group in requests]
+        groups: list[list[Request]] = []
+        try:
+            for prompt in _prompt_list(prompts):
+                ids, group = self._prompt_ids(prompt), []
+                groups.append(group)
+                for each in _split_n(params):
+                    group.append(self._submit(ids, each))
+            while any(r.finish_reason is None for group in groups for r in group):
+                self.engine.step()
+        finally:
+            # A bad prompt, an error or Ctrl-C must leave nothing behind in the engine.
+            for request in (r for group in groups for r in group):
+                self.engine.abort(request)
+        return [[self._completion(r) for r in group] for group in groups]
 
     def chat(
         self,
@@ -102,13 +107,8 @@ class LLM:
         params = params or SamplingParams()
         if params.n != 1:
             raise ValueError(f"n is {params.n}; chat gives one completion, generate gives n")
-        ids = self.chat_format.encode(messages, tools, add_generation_prompt=True)
-        request = self._submit(ids, params, session=session)
-        while request.finish_reason is None:
-            self.engine.step()
-        completion = self._completion(request)
-        text, calls = parse_tool_calls(completion.text)
-        return replace(completion, text=text, tool_calls=calls)
+        *_, completion = self.stream_chat(messages, params, tools=tools, session=session)
+        return cast(Completion, completion)
 
     def stream_chat(
         self,
@@ -117,31 +117,40 @@ class LLM:
         *,
         tools: Sequence[ToolSpec] = (),
         session: str | None = None,
-    ) -> Iterator[tuple[Literal["reasoning", "answer"], str] | Completion]:
+    ) -> Iterator[tuple[Part, str] | Completion]:
         """Pieces of thought and answer as they come, then the whole `Completion`.
 
-        Closing the generator aborts the request.
+        Tool calls stand in the pieces of the answer as the model writes them. Closing the generator
+        aborts the request.
         """
         params = params or SamplingParams()
         ids = self.chat_format.encode(messages, tools, add_generation_prompt=True)
         request = self._submit(ids, params, session=session)
-        decoder = StreamDecoder(self._tokenizer, skip_special_tokens=False)
-        splitter = ThoughtSplitter(opened=request.thought.phase == "inside")
-        shown = 0
         try:
-            while request.finish_reason is None:
-                self.engine.step()
-                for token in request.output_ids[shown:]:
-                    if token not in self.engine.tokens.eos_token_ids:
-                        yield from splitter.push(decoder.push(token))
-                shown = len(request.output_ids)
-            yield from splitter.push(decoder.flush())
-            yield from splitter.flush()
+            yield from self._stream_pieces(request)
         finally:
             self.engine.abort(request)
         completion = self._completion(request)
         text, calls = parse_tool_calls(completion.text)
         yield replace(completion, text=text, tool_calls=calls)
+
+    def _stream_pieces(self, request: Request) -> Iterator[tuple[Part, str]]:
+        """Steps until the request is done; the pieces joined are what `_completion` gives."""
+        decoder = StreamDecoder(self._tokenizer)
+        splitter = ThoughtSplitter(opened=request.thought.opened_by_prompt)
+        cutter = StopCutter(request.params.stop)
+        shown = 0
+        while request.finish_reason is None:
+            self.engine.step()
+            new = request.output_ids[shown:]
+            shown += len(new)
+            if request.finish_reason is not None and new[-1:] == [self._tokenizer.eos_token_id]:
+                new.pop()
+            text = "".join(decoder.push(token) for token in new)
+            yield from _cut(splitter.push(text), cutter)
+        yield from _cut([*splitter.push(decoder.flush()), *splitter.flush()], cutter)
+        if rest := cutter.flush():
+            yield "answer", rest
 
     @property
     def chat_format(self) -> ChatFormat:
@@ -159,20 +168,17 @@ class LLM:
             return self._tokenizer.encode(prompt, allow_special=True)
         return list(prompt)
 
-    def _submit_all(self, prompt_ids: list[int], params: SamplingParams) -> list[Request]:
-        if params.n == 1:
-            return [self._submit(prompt_ids, params)]
-        seed = params.seed if params.seed is not None else secrets.randbits(63)
-        return [
-            self._submit(prompt_ids, replace(params, n=1, seed=child_seed(seed, i)))
-            for i in range(params.n)
-        ]
-
     def _submit(
         self, prompt_ids: list[int], params: SamplingParams, *, session: str | None = None
     ) -> Request:
-        piece = StreamDecoder(self._tokenizer).push if params.stop else None
-        return self.engine.submit(prompt_ids, params, session=session, decode_piece=piece)
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop is {params.stop!r}, but this model has no tokenizer")
+        request = self.engine.submit(prompt_ids, params, session=session)
+        if params.stop:
+            opened = request.thought.opened_by_prompt
+            watch = StopWatch(self._tokenizer, params.stop, thought_opened=opened)
+            request.completes_stop = watch.push
+        return request
 
     def _completion(self, request: Request) -> Completion:
         completion = self.engine.completion(request)
@@ -185,20 +191,42 @@ class LLM:
         )
 
 
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
+
+
+def _split_n(params: SamplingParams) -> list[SamplingParams]:
+    if params.n == 1:
+        return [params]
+    seed = params.seed if params.seed is not None else secrets.randbits(63)
+    return [replace(params, n=1, seed=child_seed(seed, i)) for i in range(params.n)]
+
+
+def _cut(pieces: Iterable[tuple[Part, str]], cutter: StopCutter) -> Iterator[tuple[Part, str]]:
+    """The pieces, answers only up to a stop string."""
+    for part, text in pieces:
+        ready = cutter.push(text) if part == "answer" else text
+        if ready:
+            yield part, ready
+
+
 def special_tokens(model: M1ForCausalLM, tokenizer: Tokenizer | None) -> SpecialTokens:
-    """What the engine needs of a tokenizer. The end of sentence is the tokenizer's: the published
-    config.json says null."""
+    """What the engine needs of a tokenizer. The end of sentence is the tokenizer's, where it names
+    one: the published config.json says null."""
+    eos = model.config.eos_token_id
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        eos = tokenizer.eos_token_id
+    eos_token_ids = frozenset[int]() if eos is None else frozenset({eos})
     if tokenizer is None:
-        eos = model.config.eos_token_id
-        return SpecialTokens(
-            vocab_size=model.config.vocab_size,
-            eos_token_ids=frozenset() if eos is None else frozenset({eos}),
-        )
+        return SpecialTokens(vocab_size=model.config.vocab_size, eos_token_ids=eos_token_ids)
     return SpecialTokens(
         vocab_size=tokenizer.vocab_size,
-        eos_token_ids=frozenset({tokenizer.eos_token_id} - {None}),
+        eos_token_ids=eos_token_ids,
         think_open=tuple(tokenizer.encode(THINK_OPEN, allow_special=True)),
         think_close=tuple(tokenizer.encode(THINK_CLOSE, allow_special=True)),
+        is_blank=lambda token: tokenizer.token_bytes(token).isspace(),
     )
 
 

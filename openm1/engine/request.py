@@ -9,20 +9,19 @@ from openm1.engine.thinking import ThoughtTracker
 from openm1.types import FinishReason, SamplingParams
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Request:
-    """Mutable bookkeeping; `params.n` is 1 and `params.seed` is set."""
+    """Mutable bookkeeping; `params.n` is 1 and `params.seed` is set. Equal only to itself."""
 
     prompt_ids: list[int]
     params: SamplingParams
     thought: ThoughtTracker
     session: str | None = None
-    decode_piece: Callable[[int], str] | None = None
-    """Incremental detokeniser of the answer, present when stop strings must be watched."""
+    completes_stop: Callable[[int], bool] | None = None
+    """Given each token in turn, says whether a stop string is complete."""
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
-    answer_text: str = ""
     finish_reason: FinishReason | None = None
     slot: int | None = None
     num_cached: int = 0

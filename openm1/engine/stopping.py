@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from openm1.chat.thinking import ThoughtSplitter, partial_suffix
+from openm1.chat.tokenizer import StreamDecoder, Tokenizer
 from openm1.engine.request import Request
 from openm1.types import FinishReason
 
@@ -13,10 +15,8 @@ def finish_reason(request: Request, eos_token_ids: frozenset[int]) -> FinishReas
         return "stop"
     if token in params.stop_token_ids:
         return "stop"
-    if request.decode_piece is not None and request.thought.phase != "inside":
-        request.answer_text += request.decode_piece(token)
-        if any(text in request.answer_text for text in params.stop):
-            return "stop"
+    if request.completes_stop is not None and request.completes_stop(token):
+        return "stop"
     if len(request.output_ids) >= params.max_tokens:
         return "length"
     return None
@@ -26,3 +26,48 @@ def cut_at_stop(text: str, stop: tuple[str, ...]) -> str:
     """`text` before the earliest stop string."""
     found = [at for at in (text.find(s) for s in stop) if at >= 0]
     return text[: min(found)] if found else text
+
+
+class StopCutter:
+    """`cut_at_stop` for text that arrives in pieces."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = stop
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """What is surely before any stop string."""
+        if self.found:
+            return ""
+        self._held += text
+        ready = cut_at_stop(self._held, self._stop)
+        self.found = ready != self._held
+        if not self.found:
+            unsure = max((partial_suffix(ready, s) for s in self._stop), default=0)
+            ready = ready[: len(ready) - unsure]
+        self._held = self._held[len(ready) :]
+        return ready
+
+    def flush(self) -> str:
+        """What was held back because more could have followed."""
+        held, self._held = self._held, ""
+        return "" if self.found else held
+
+
+class StopWatch:
+    """Follows a reply token by token until its answer, thought apart, holds a stop string."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: tuple[str, ...], *, thought_opened: bool
+    ) -> None:
+        self._decoder = StreamDecoder(tokenizer)
+        self._splitter = ThoughtSplitter(opened=thought_opened)
+        self._cutter = StopCutter(stop)
+
+    def push(self, token: int) -> bool:
+        """True once a stop string is complete."""
+        for part, text in self._splitter.push(self._decoder.push(token)):
+            if part == "answer":
+                self._cutter.push(text)
+        return self._cutter.found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 Phase = Literal["before", "inside", "after"]
@@ -18,8 +18,9 @@ def _last_index(ids: Sequence[int], pattern: Sequence[int]) -> int:
 
 
 class ThoughtTracker:
-    """Follows `<think>` ... `</think>` token by token; only the first thought of a reply counts.
+    """Follows `<think>` ... `</think>` token by token.
 
+    A thought stands at the start of a reply, only blank tokens before it, as in `chat.thinking`.
     The markers are token sequences, since they are single tokens in some vocabularies and plain
     text in others. With empty markers (a model that does not think) nothing is ever tracked.
     """
@@ -29,11 +30,13 @@ class ThoughtTracker:
         opening: Sequence[int],
         closing: Sequence[int],
         *,
+        is_blank: Callable[[int], bool] = lambda token: False,
         prompt_tail: Sequence[int] = (),
         budget: int | None = None,
     ) -> None:
         """`prompt_tail` is the prompt after its last end of sentence: it may open the thought."""
         self._opening, self._closing = list(opening), list(closing)
+        self._is_blank = is_blank
         self._budget = budget
         self._recent: list[int] = []
         self._pending: list[int] = []
@@ -63,21 +66,25 @@ class ThoughtTracker:
             if not self._pending:
                 self.phase = "after"
             return
-        if self.phase == "after":
-            return
-        marker = self._opening if self.phase == "before" else self._closing
-        self._recent = [*self._recent, token][-len(marker) :]
-        matched = self._recent == marker
         if self.phase == "before":
-            if matched:
-                self.phase, self._recent = "inside", []
-        elif matched:
-            self.phase = "after"
-            self.num_tokens -= len(marker) - 1
-            return
-        else:
-            self.num_tokens += 1
+            self._observe_start(token)
+        elif self.phase == "inside":
+            self._recent = [*self._recent, token][-len(self._closing) :]
+            if self._recent == self._closing:
+                self.phase = "after"
+                self.num_tokens -= len(self._closing) - 1
+            else:
+                self.num_tokens += 1
         self._check_budget()
+
+    def _observe_start(self, token: int) -> None:
+        if not self._recent and self._is_blank(token):
+            return
+        self._recent.append(token)
+        if self._recent == self._opening:
+            self.phase, self._recent = "inside", []
+        elif self._recent != self._opening[: len(self._recent)]:
+            self.phase = "after"
 
     def _check_budget(self) -> None:
         if self.phase != "inside" or self._budget is None or self.num_tokens < self._budget:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from random import Random
 
@@ -19,10 +20,11 @@ class Mixture:
         self.tasksets = list(tasksets)
         self.weights = list(weights) if weights is not None else [1.0] * len(self.tasksets)
         self.seed = seed
-        if not self.tasksets or len(self.weights) != len(self.tasksets) or min(self.weights) < 0:
+        fitting = 0 < len(self.tasksets) == len(self.weights)
+        if not fitting or min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
             raise ValueError(
                 f"{len(self.tasksets)} tasksets with weights {self.weights}; allowed is at least "
-                "one taskset and one weight of 0 or more for each"
+                "one taskset and for each a weight of 0 or more, not all of them 0"
             )
 
     def task(self, index: int) -> tuple[Taskset, Task]:

@@ -14,7 +14,8 @@ from openm1.model.config import M1Config
 class HybridCache:
     """`num_slots` sequences of any length, stored by slot.
 
-    Lightning states are fp32 whatever the model's dtype. Key/value room grows by doubling.
+    Lightning states are fp32 whatever the model's dtype. Key/value room grows by doubling. What is
+    stored past a sequence's length is finite: masked attention multiplies it by 0.
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class HybridCache:
         self._room = 0
 
     def reset(self, slot: int) -> None:
-        """Empties a slot."""
+        """Empties a slot: nothing of what it held, NaN included, reaches its next sequence."""
         self.lengths[slot] = 0
-        for state in self.states.values():
-            state[slot].zero_()
+        for table in (*self.states.values(), *self.keys.values(), *self.values.values()):
+            table[slot].zero_()
 
     def fork(self, source: int, targets: list[int]) -> None:
         """Copies one slot's sequence into others."""
@@ -66,10 +67,23 @@ class HybridCache:
         room = max(num_tokens, 2 * self._room, 64)
         for tables in (self.keys, self.values):
             for i, old in tables.items():
-                new = old.new_zeros(old.shape[0], room, *old.shape[2:])
-                new[:, : self._room] = old
-                tables[i] = new
+                tables[i] = _enlarged(old, (self.num_slots, room))
         self._room = room
+
+    def add_slots(self, count: int) -> None:
+        """Makes `count` more slots, empty; the others keep what they hold."""
+        self.num_slots += count
+        self.lengths += [0] * count
+        for tables in (self.states, self.keys, self.values):
+            for i, old in tables.items():
+                tables[i] = _enlarged(old, (self.num_slots,))
+
+
+def _enlarged(old: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A copy with larger leading dimensions, zero where `old` ends."""
+    new = old.new_zeros(*shape, *old.shape[len(shape) :])
+    new[tuple(slice(size) for size in old.shape[: len(shape)])] = old
+    return new
 
 
 class CacheView:

@@ -12,7 +12,9 @@ RECIPES: dict[str, dict[str, SupervisedRun | RLRun]] = {
 
 
 def recipe_stage(name: str, stage: str) -> SupervisedRun | RLRun:
-    """`stage` is "pretrain", "sft" or "rl". Raises ValueError for an unknown recipe."""
+    """`stage` is "pretrain", "sft" or "rl". Raises ValueError for an unknown recipe or stage."""
     if name not in RECIPES:
         raise ValueError(f"recipe is {name!r}; allowed are {', '.join(RECIPES)}")
+    if stage not in RECIPES[name]:
+        raise ValueError(f"stage of {name} is {stage!r}; allowed are {', '.join(RECIPES[name])}")
     return RECIPES[name][stage]

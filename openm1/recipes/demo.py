@@ -24,6 +24,7 @@ from openm1.recipes.demo_report import Answer, DemoResult, Stage, Trace, write_r
 from openm1.recipes.runs import run_rl, run_supervised
 from openm1.types import Message, SamplingParams, Task
 
+RUNS = ("pretrain", "sft", "rl", "rl-capped")
 SEED = 2026
 NUM_SAMPLES = 400
 MAX_TOKENS = 24
@@ -35,38 +36,44 @@ MAX_THREADS = 4
 
 NEXT = """What to try next:
   openm1 chat                        talk with the shipped nano
-  openm1 eval --model {run}/rl --tasks chain --thinking-budget 7
+  openm1 eval --model {model} --tasks chain --thinking-budget 7
                                      measure the model you just trained
   openm1 rl chain --help             train it your way: DAPO, GRPO, other windows
   openm1 inspect m1-80k              count the 456 B original"""
 
 
 def run_demo(folder: Path, *, open_report: bool = False) -> None:
-    """Trains in `folder`; a demo that was stopped goes on, a finished one starts over."""
+    """Trains in `folder`; a demo that was stopped goes on, a finished one starts over.
+
+    Nothing is removed but what a demo wrote.
+    """
     began = time.monotonic()
     console = Console()
     report = folder / "report.html"
     if report.exists():
-        shutil.rmtree(folder)
+        for name in RUNS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        report.unlink()
     torch.set_num_threads(min(MAX_THREADS, os.cpu_count() or 1))
     enable_fast_fp32_matmul()
     result = train_and_measure(folder, console)
     seconds = time.monotonic() - began
     write_report(report, result, seconds)
     console.print(f"\nReport with plots: {report} ({seconds:.0f} s in all)\n", highlight=False)
-    console.print(NEXT.format(run=folder), highlight=False)
+    console.print(NEXT.format(model=result.stages[2].checkpoint), highlight=False)
     if open_report:
         webbrowser.open(report.resolve().as_uri())
 
 
 def train_and_measure(folder: Path, console: Console) -> DemoResult:
     """The three stages, CISPO once more with a short window, and what each can do."""
-    pretrain = replace(chain.PRETRAIN, folder=folder / "pretrain")
-    cold_start = replace(chain.COLD_START, folder=folder / "sft", init=pretrain.folder)
-    cispo = replace(chain.CISPO_RUN, folder=folder / "rl", init=cold_start.folder)
+    folders = [folder / name for name in RUNS]
+    pretrain = replace(chain.PRETRAIN, folder=folders[0])
+    cold_start = replace(chain.COLD_START, folder=folders[1], init=pretrain.folder)
+    cispo = replace(chain.CISPO_RUN, folder=folders[2], init=cold_start.folder)
     capped = replace(
         cispo,
-        folder=folder / "rl-capped",
+        folder=folders[3],
         rl=replace(cispo.rl, max_response_tokens=CAPPED_TOKENS),
     )
     _say(console, 1, "Pretraining: a hybrid lightning-attention mixture of experts is born.")
@@ -123,10 +130,11 @@ def _ask(llm: LLM, task: Task) -> Message:
 
 
 def show_result(result: DemoResult, console: Console) -> None:
-    table = Table(title="Held-out chains, greedy", title_justify="left")
+    title = f"{NUM_SAMPLES} held-out chains, greedy: free, and with N tokens of thought allowed"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
-    for title in ("accuracy", "thought tokens", *(f"budget {b}" for b in BUDGETS)):
-        table.add_column(title, justify="right")
+    for heading in ("accuracy", "thought", *(f"{budget}" for budget in BUDGETS)):
+        table.add_column(heading, justify="right")
     for stage in result.stages:
         curve = [f"{stage.accuracy_by_budget[b]:.0%}" for b in BUDGETS]
         free = f"{stage.metrics.mean_reasoning_tokens:.1f}"
@@ -145,7 +153,7 @@ def show_result(result: DemoResult, console: Console) -> None:
 
 
 def ask_shipped(console: Console) -> list[Answer]:
-    """The shipped nano on the held-out questions of its card, its thought streamed."""
+    """The shipped nano on the held-out questions of its card, with its thought."""
     console.print("\n[bold]5.[/bold] The shipped nano answers, thinking aloud.", highlight=False)
     llm = LLM("nano")
     answers = []

@@ -90,7 +90,7 @@ CISPO, which was told only right or wrong. On held-out chains the greedy accurac
 {"".join(_answer(answer) for answer in result.answers)}
 </html>
 """
-    path.write_text(page)
+    path.write_text(page, encoding="utf-8")
 
 
 def _table(result: DemoResult) -> str:

@@ -18,6 +18,7 @@ from openm1.envs.chain import ChainTaskset
 from openm1.envs.mixture import Mixture
 from openm1.model.config import M1Config, post_norm_config
 from openm1.model.m1 import M1ForCausalLM
+from openm1.protocols import Taskset
 from openm1.recipes.vocabulary import nano_tokenizer, padded_vocab_size
 from openm1.rl.local import train_rl_locally
 from openm1.rl.loop import RLConfig, StepHook
@@ -92,18 +93,20 @@ class TraceSource:
             # Steps are far apart in the stream: no batch reaches into the next one's tasks.
             place = step * 1_000_000 + index
             taskset, task = self.mixture.task(place)
-            reply = self._reply(taskset, task, Random(stable_hash(f"{self.data.seed}/{place}")))
+            # Not the mixture's own numbers: those have already decided which family this is.
+            rng = Random(stable_hash(f"{self.data.seed}/{place}/reply"))
+            reply = self._reply(taskset, task, rng)
             examples.append(conversation_example(self.chat_format, [*task.prompt, reply]))
             room -= len(examples[-1].token_ids)
             index += 1
         return examples
 
-    def _reply(self, taskset: object, task: Task, rng: Random) -> Message:
+    def _reply(self, taskset: Taskset, task: Task, rng: Random) -> Message:
         if rng.random() < self.data.direct_share.get(task.family, 0.0):
             return Message(role="assistant", reasoning="", content=task.answer)
         if isinstance(taskset, ChainTaskset):
             return taskset.trace(task, rng, share_full=self.data.chain_full_share)
-        return taskset.solution(task, rng)  # pyright: ignore[reportAttributeAccessIssue]
+        return taskset.solution(task, rng)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

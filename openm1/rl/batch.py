@@ -48,7 +48,9 @@ def _sample(rollout: Rollout, advantage: float) -> Sample:
     for turn in rollout.turns:
         new = turn.prompt_ids[len(ids) :]
         assert turn.prompt_ids[: len(ids)] == tuple(ids), "a turn does not extend the one before"
-        chosen = [not forced for forced in turn.completion.forced]
+        # A policy that forces nothing may leave `forced` empty.
+        forced = turn.completion.forced or (False,) * len(turn.completion.token_ids)
+        chosen = [not flag for flag in forced]
         ids += [*new, *turn.completion.token_ids]
         mask += [False] * len(new) + chosen
         logprobs += [p for p, c in zip(turn.completion.logprobs, chosen, strict=True) if c]
@@ -85,17 +87,3 @@ def pack_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") 
         advantages=advantages[index].to(device),
         sample_index=index.to(device),
     )
-
-
-def split_samples(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Consecutive samples in micro-batches of at most `max_tokens`; a longer one stands alone."""
-    groups: list[list[Sample]] = []
-    room = 0
-    for sample in samples:
-        size = len(sample.token_ids)
-        if not groups or size > room:
-            groups.append([])
-            room = max_tokens
-        groups[-1].append(sample)
-        room -= size
-    return groups

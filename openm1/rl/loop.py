@@ -89,8 +89,8 @@ async def train_rl(
 ) -> Path:
     """Trains `model` in place, resuming where the folder stands; returns the last checkpoint.
 
-    Prompts, samples and shuffles depend on (seed, step) and a saved cursor alone, so a run killed at
-    any moment and resumed gives the curve of one that was not.
+    Prompts, samples and shuffles depend on (seed, step) and a saved cursor alone, so a run killed
+    at any moment and resumed gives the curve of one that was not.
     """
     optimizer = make_optimizer(model.parameters(), config.optimizer)
     state = {"step": 0, "cursor": 0}
@@ -106,13 +106,15 @@ async def train_rl(
                 policy, chat_format, mixture, config, step, state["cursor"]
             )
             sampled = time.perf_counter()
-            samples = [sample for g in groups if has_signal(g) for sample in group_samples(g)]
+            taught = [g for g in groups if has_signal(g) or not config.dynamic_sampling]
+            samples = [sample for group in taught for sample in group_samples(group)]
             metrics = rollout_metrics(groups)
             metrics["rollout/signal_share"] = sum(map(has_signal, groups)) / len(groups)
             if samples:
                 rng = Random(f"{config.seed}/{step}/shuffle")
                 model.train()
-                metrics |= update_policy(model, optimizer, samples, _plan(config, step), rng)
+                plan = _plan(config, step, chat_format.tokenizer.vocab_size)
+                metrics |= update_policy(model, optimizer, samples, plan, rng)
                 model.eval()
             metrics["time/sample_s"] = sampled - began
             metrics["time/train_s"] = time.perf_counter() - sampled
@@ -163,7 +165,7 @@ async def collect(
     return groups, cursor
 
 
-def _plan(config: RLConfig, step: int) -> UpdatePlan:
+def _plan(config: RLConfig, step: int, vocab_size: int) -> UpdatePlan:
     ratio = config.schedule.ratio(step, config.num_steps)
     return UpdatePlan(
         loss=config.loss,
@@ -173,6 +175,7 @@ def _plan(config: RLConfig, step: int) -> UpdatePlan:
         learning_rate=config.optimizer.learning_rate * ratio,
         max_grad_norm=config.optimizer.max_grad_norm,
         recompute_old=config.recompute_old,
+        vocab_size=vocab_size,
     )
 
 

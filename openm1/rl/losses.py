@@ -1,6 +1,6 @@
 """Policy losses: CISPO and the algorithms it is compared with, all through one formula.
 
-With r = pi / pi_old per token, the unified objective of the M1 report (arXiv 2506.13585, eq. 6-7) is
+With r = pi / pi_old per token, the unified objective (M1 report, arXiv 2506.13585, eq. 6-7) is
   sum_t sg( clip(r_t, 1 - eps_is_low, 1 + eps_is_high) ) * M_t * A_t * log pi(o_t)
   M_t = 0 where A_t > 0 and r_t > 1 + eps_high, or A_t < 0 and r_t < 1 - eps_low; else 1.
 Clips are offsets from 1, as in the paper. Without the weight's clip the gradient is PPO's.

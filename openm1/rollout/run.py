@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from random import Random
 
 from openm1.chat.reply import parse_reply
 from openm1.chat.template import ChatFormat
-from openm1.protocols import Policy, Taskset
+from openm1.protocols import Env, Policy, Taskset
 from openm1.types import ErrorSource, Message, Rollout, RolloutGroup, SamplingParams, Task, Turn
 
 MAX_TURNS = 40
@@ -42,15 +44,16 @@ async def run_rollout(
     params: SamplingParams,
 ) -> Rollout:
     """Plays a task to its end. A failure is returned in `Rollout.error`, never raised or scored."""
-    env = taskset.make_env(task)
     turns: list[Turn] = []
     source: ErrorSource = "env"
+    env: Env | None = None
     try:
+        env = taskset.make_env(task)
         messages = await env.start()
         prompt_ids = chat_format.encode(messages)
-        for _ in range(MAX_TURNS):
+        for number in range(MAX_TURNS):
             source = "policy"
-            completion = await policy.generate(prompt_ids, params)
+            completion = await policy.generate(prompt_ids, _turn_params(params, number))
             turns.append(Turn(prompt_ids=tuple(prompt_ids), completion=completion))
             source = "env"
             reply = parse_reply(chat_format.tokenizer, completion.token_ids)
@@ -58,23 +61,46 @@ async def run_rollout(
             if result.done:
                 return Rollout(task=task, turns=tuple(turns), reward=result.reward)
             # Tokens are appended, never rendered again: what was sampled is what is trained on.
-            grown = [*messages, reply]
-            prompt_ids = [
-                *prompt_ids,
-                *completion.token_ids,
-                *_new_ids(chat_format, grown, list(result.messages)),
-            ]
-            messages = [*grown, *result.messages]
+            past = [*prompt_ids, *completion.token_ids]
+            messages = [*messages, reply]
+            prompt_ids = past + _ids_after_reply(chat_format, messages, result.messages, past[-1])
+            messages += result.messages
         error = f"not done after {MAX_TURNS} turns"
         return Rollout(task=task, turns=tuple(turns), error=error, error_source="env")
     except Exception as failure:
         text = f"{type(failure).__name__}: {failure}"
         return Rollout(task=task, turns=tuple(turns), error=text, error_source=source)
     finally:
+        if env is not None:
+            await _close(env)
+
+
+async def _close(env: Env) -> None:
+    """What goes wrong in tidying up does not undo a played task, so it is only told."""
+    try:
         await env.close()
+    except Exception:
+        logging.getLogger(__name__).exception("an environment failed to close")
 
 
-def _new_ids(chat_format: ChatFormat, before: list[Message], new: list[Message]) -> list[int]:
-    """The tokens `new` and the next generation prompt add to a conversation."""
-    old = chat_format.encode(before, add_generation_prompt=False)
-    return chat_format.encode([*before, *new], add_generation_prompt=True)[len(old) :]
+def _turn_params(params: SamplingParams, number: int) -> SamplingParams:
+    """Each turn draws its own numbers: the same seed would repeat those of the turn before."""
+    if params.seed is None or number == 0:
+        return params
+    return replace(params, seed=Random(f"{params.seed}/{number}").getrandbits(63))
+
+
+def _ids_after_reply(
+    chat_format: ChatFormat, before: Sequence[Message], new: Sequence[Message], last_id: int
+) -> list[int]:
+    """What follows a reply in the prompt of the next turn: `new`, and the start of another reply.
+
+    `before` ends with the reply and `last_id` is its last token; a reply that was cut short gets
+    the end token it lacks. Raises ValueError where the format rewrites the past.
+    """
+    old, mask = chat_format.encode_with_mask(before)
+    whole = chat_format.encode([*before, *new])
+    if whole[: len(old)] != old:
+        raise ValueError("the chat format changes earlier turns when new messages come")
+    end = len(mask) - mask[::-1].index(True)
+    return whole[end:] if last_id == old[end - 1] else whole[end - 1 :]

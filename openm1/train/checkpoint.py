@@ -1,7 +1,7 @@
 """Run folders and atomic checkpoints.
 
-runs/<name>/: config.json, metrics.jsonl, checkpoints/step-00000100/ (a loadable model, its tokenizer,
-trainer.pt with optimizer and counters).
+runs/<name>/: config.json, metrics.jsonl, checkpoints/step-00000100/ (a loadable model, its
+tokenizer, trainer.pt with optimizer and counters).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class RunFolder:
         if file.exists():
             before, now = json.loads(file.read_text()), to_jsonable(config)
             if before != now:
-                changed = [key for key in now if before.get(key) != now.get(key)]
+                keys = dict.fromkeys([*before, *now])
+                changed = [key for key in keys if before.get(key) != now.get(key)]
                 raise ValueError(
                     f"{folder.path} holds a run with another config ({', '.join(changed)} differ); "
                     "give another folder, or the same config to resume"
@@ -74,18 +75,25 @@ class RunFolder:
         """Writes a checkpoint beside its place, then renames it: it is whole or absent."""
         target = self.checkpoints / f"step-{step:08d}"
         temporary = self.checkpoints / f".step-{step:08d}-{os.getpid()}"
-        for leftover in self.checkpoints.glob(".step-*"):
+        for leftover in self.checkpoints.glob(".*"):
             shutil.rmtree(leftover)
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         torch.save(trainer, temporary / TRAINER_FILE)
         if target.exists():
-            shutil.rmtree(target)
+            _remove(target)
         temporary.rename(target)
         for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
         return target
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes its name away first: one that is half deleted must not pass for whole."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}-removed")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:

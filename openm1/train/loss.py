@@ -28,16 +28,24 @@ class TokenScores:
 
 
 def score_tokens(
-    model: M1ForCausalLM, batch: PackedBatch, *, temperature: float = 1.0
+    model: M1ForCausalLM,
+    batch: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
 ) -> TokenScores:
-    """Log-probabilities of the targets where the loss mask is set (M places)."""
+    """Log-probabilities of the targets where the loss mask is set (M places).
+
+    With `vocab_size`, ids from there on get no probability, as in sampling: they are rows that pad
+    the model's vocabulary and have no text.
+    """
     output = model.model(batch.input_ids, batch.layout)
     rows = batch.loss_mask.nonzero()[:, 0]
     hidden = output.hidden.index_select(0, rows)
     targets = batch.targets.index_select(0, rows)
     step = max(LOGIT_ROWS, SMALL_VOCAB_LOGITS // model.config.vocab_size)
     parts = [
-        _score(model, hidden[i : i + step], targets[i : i + step], temperature)
+        _score(model, hidden[i : i + step], targets[i : i + step], temperature, vocab_size)
         for i in range(0, max(len(hidden), 1), step)
     ]
     logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -45,9 +53,13 @@ def score_tokens(
 
 
 def _score(
-    model: M1ForCausalLM, hidden: Tensor, targets: Int[Tensor, " M"], temperature: float
+    model: M1ForCausalLM,
+    hidden: Tensor,
+    targets: Int[Tensor, " M"],
+    temperature: float,
+    vocab_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    logprobs = (model.logits(hidden) / temperature).log_softmax(-1)
+    logprobs = (model.logits(hidden)[:, :vocab_size] / temperature).log_softmax(-1)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(1, targets[:, None])[:, 0], entropy
@@ -56,7 +68,8 @@ def _score(
 def supervised_loss(scores: TokenScores, aux_coef: float) -> Tensor:
     """Summed cross-entropy of the batch's tokens, plus the experts' balance loss per token.
 
-    A sum, so that micro-batches of different sizes add up to the gradient of one big batch.
+    A sum, so that the cross-entropies of micro-batches of any sizes add up to the one big batch's.
+    The balance loss is each micro-batch's own, weighted by its tokens.
     """
     count = len(scores.logprobs)
     return -scores.logprobs.sum() + aux_coef * count * scores.aux_loss

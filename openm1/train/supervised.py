@@ -20,7 +20,7 @@ from openm1.train.schedule import Schedule
 from openm1.train.step import optimizer_step
 
 Source = Callable[[int], Sequence[Example]]
-"""The examples of a step. A function of the step alone, so that a resumed run sees the same data."""
+"""The examples of a step, a function of it alone: a resumed run sees the same data."""
 
 SHOWN = ("train/loss", "train/grad_norm", "train/tokens_per_s")
 

@@ -158,8 +158,8 @@ def test_a_call_leaves_when_its_line_ends():
     assert parser.push("Hm. <tool_") == ["Hm."]
     assert parser.push(f"calls>\n{LINE}") == []
     assert parser.push("\n") == [call(3)]
-    assert parser.push(LINE + "</tool_c") == []
-    assert parser.push("alls>") == [call(4)]
+    assert parser.push(LINE + "</tool_calls") == []
+    assert parser.push(">") == [call(4)]
     assert parser.push(" Done") == ["\nDone"]
     assert parser.flush() == []
 

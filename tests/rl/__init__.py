@@ -1,0 +1,1 @@
+"""Tests of openm1.rl; play.py holds the tasks and policies they share."""
