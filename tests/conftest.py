@@ -12,6 +12,7 @@ import pytest
 
 # Workers side by side must not each take all cores. torch reads these once, when it is imported,
 # so this has to come before any test module; processes that a test starts inherit them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["MKL_NUM_THREADS"] = "1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +17,10 @@ Training: openm1 pretrain|sft|rl RECIPE [--help] [--overrides]."""
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit status 0, or 2 with the reason on standard error where the input was at fault."""
+    # Threads that wait for each other in a busy loop lose a core to whatever else is running, and
+    # then wait for it: 30 times slower on a machine with one free core of two. torch reads this
+    # when it is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         if args and args[0] in TRAINERS:

@@ -43,9 +43,10 @@ class EvalConfig:
 
 def evaluate(policy: Policy, chat_format: ChatFormat, config: EvalConfig) -> dict[str, TaskMetrics]:
     """Metrics by family. Raises EvaluationError when rollouts failed."""
+    tasksets = {name: make_taskset(name) for name in config.tasks}
     results = {}
-    for name in config.tasks:
-        rollouts = asyncio.run(play(policy, chat_format, make_taskset(name), config))
+    for name, taskset in tasksets.items():
+        rollouts = asyncio.run(play(policy, chat_format, taskset, config))
         results[name] = task_metrics(rollouts)
     return results
 

@@ -83,7 +83,7 @@ def train_and_measure(folder: Path, console: Console) -> DemoResult:
     _say(console, 3, "CISPO: only right or wrong is said; it finds the long thought again.")
     after = _measure("CISPO", run_rl(cispo, "CISPO"))
     _say(console, 4, f"CISPO with the window capped at {CAPPED_TOKENS} tokens, for comparison.")
-    short = _measure(f"CISPO, {CAPPED_TOKENS} tokens", run_rl(capped, "CISPO capped"))
+    short = _measure(f"capped at {CAPPED_TOKENS}", run_rl(capped, "CISPO capped"))
     result = DemoResult(
         folder=folder,
         stages=[born, before, after, short],

@@ -68,7 +68,7 @@ CISPO_RUN = RLRun(
     init=COLD_START.folder,
     families=FAMILIES,
     rl=RLConfig(
-        num_steps=20,
+        num_steps=12,
         num_prompts=16,
         group_size=16,
         num_updates=8,
@@ -76,6 +76,6 @@ CISPO_RUN = RLRun(
         optimizer=AdamWConfig(learning_rate=5e-5),
         schedule=Schedule(decay_share=0.5),
         max_tokens=4096,
-        save_every_steps=5,
+        save_every_steps=4,
     ),
 )

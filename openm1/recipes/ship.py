@@ -77,23 +77,24 @@ def make_card(config: ShipConfig) -> Card:
         half = int(measured.mean_reasoning_tokens / 2)
         families[name] = {
             "difficulty": DIFFICULTY.get(name, PACKAGE_DEFAULT),
-            "before_cispo": asdict(_measure(before, name, config)),
             "held_out": asdict(measured),
-            "half_thought": asdict(_measure(final, name, config, budget=half)),
-            "no_thought": asdict(_measure(final, name, config, budget=0)),
+            "held_out_before_cispo": asdict(_measure(before, name, config)),
+            "sampled": asdict(_measure(final, name, config, temperature=1.0)),
+            "sampled_before_cispo": asdict(_measure(before, name, config, temperature=1.0)),
+            "half_thought": asdict(_measure(final, name, config, thinking_budget=half)),
+            "no_thought": asdict(_measure(final, name, config, thinking_budget=0)),
         }
     return Card(families=families, examples=_examples(config.seed), training=_training(config))
 
 
-def _measure(llm: LLM, family: str, config: ShipConfig, budget: int | None = None) -> TaskMetrics:
+def _measure(llm: LLM, family: str, config: ShipConfig, **changes: Any) -> TaskMetrics:
     asked = EvalConfig(
         tasks=(family,),
         num_samples=config.num_samples,
         seed=config.seed,
         max_tokens=config.max_tokens,
     )
-    asked = replace(asked, thinking_budget=budget)
-    return evaluate(llm.policy, llm.chat_format, asked)[family]
+    return evaluate(llm.policy, llm.chat_format, replace(asked, **changes))[family]
 
 
 def _examples(seed: int) -> list[dict[str, str]]:
@@ -108,12 +109,20 @@ def _examples(seed: int) -> list[dict[str, str]]:
 def _training(config: ShipConfig) -> dict[str, Any]:
     """What it was trained with and on how much, from the run folders beside the checkpoint."""
     stages = {"pretrain": nano.PRETRAIN, "sft": nano.COLD_START, "rl": nano.CISPO_RUN}
-    tokens = {}
+    folder = config.before.parent
+    tokens: dict[str, int] = {}
+    seconds: dict[str, int] = {}
     for name in ("pretrain", "sft"):
-        file = config.before.parent / name / "metrics.jsonl"
-        tokens[name] = int(sum(line["train/tokens"] for line in read_metrics(file)))
+        lines = read_metrics(folder / name / "metrics.jsonl")
+        tokens[name] = int(sum(line["train/tokens"] for line in lines))
+        seconds[name] = round(
+            sum(line["train/tokens"] / line["train/tokens_per_s"] for line in lines)
+        )
+    lines = read_metrics(folder / "rl" / "metrics.jsonl")
+    seconds["rl"] = round(sum(line["time/sample_s"] + line["time/train_s"] for line in lines))
     return {
         "tokens": tokens,
+        "seconds": seconds,
         "recipe": {name: to_jsonable(stage) for name, stage in stages.items()},
         "evaluation": {"num_samples": config.num_samples, "seed": config.seed, "temperature": 0.0},
     }
@@ -121,29 +130,24 @@ def _training(config: ShipConfig) -> dict[str, Any]:
 
 def card_page(card: Card) -> str:
     """The card as Markdown."""
-    rows = [
-        f"| {name} | {family['difficulty']} | {_share(family['before_cispo'])} "
-        f"| {_share(family['held_out'])} ({family['held_out']['accuracy_low']:.1%} to "
-        f"{family['held_out']['accuracy_high']:.1%}) "
-        f"| {family['held_out']['majority_accuracy']:.1%} "
-        f"| {family['held_out']['mean_reasoning_tokens']:.1f} "
-        f"| {_share(family['half_thought'])} | {_share(family['no_thought'])} |"
-        for name, family in card.families.items()
-    ]
+    rows = [_row(name, family) for name, family in card.families.items()]
     tokens, asked = card.training["tokens"], card.training["evaluation"]
     steps = card.training["recipe"]["rl"]["rl"]["num_steps"]
+    minutes = round(sum(card.training["seconds"].values()) / 60)
     questions = "\n".join(f"- {e['question']} ({e['answer']})" for e in card.examples)
     return f"""# nano
 
 A hybrid lightning-attention mixture of experts in M1's shape, trained from random weights on a CPU
 by the recipe `openm1/recipes/nano.py`: {tokens["pretrain"]:,} tokens of pretraining,
-{tokens["sft"]:,} tokens of cold start, {steps} steps of CISPO. It thinks in view, then answers.
+{tokens["sft"]:,} tokens of cold start, {steps} steps of CISPO; {minutes} minutes on one core. It
+thinks in view, then answers.
 
 Accuracy is greedy on {asked["num_samples"]} prompts per family that no training stream contains
 (held out by prompt, seed {asked["seed"]}), with the 95 % interval. "Commonest" is what always
 giving the commonest answer scores; "half" and "none" allow half the mean thought, and none.
+"Sampled" is at temperature 1, before and after CISPO.
 
-| family | difficulty | before CISPO | accuracy | commonest | thought tokens | half | none |
+| family | difficulty | accuracy | commonest | thought tokens | half | none | sampled |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
@@ -157,6 +161,22 @@ longer chains and general language get nonsense, not a refusal. It knows no tool
 `card.json` holds the same numbers and the whole recipe. Measure it again with
 `openm1 eval --model nano --num-samples 100 --seed 7`.
 """
+
+
+def _row(name: str, family: dict[str, Any]) -> str:
+    held_out = family["held_out"]
+    interval = f"{held_out['accuracy_low']:.1%} to {held_out['accuracy_high']:.1%}"
+    cells = (
+        name,
+        family["difficulty"],
+        f"{_share(held_out)} ({interval})",
+        f"{held_out['majority_accuracy']:.1%}",
+        f"{held_out['mean_reasoning_tokens']:.1f}",
+        _share(family["half_thought"]),
+        _share(family["no_thought"]),
+        f"{_share(family['sampled_before_cispo'])} to {_share(family['sampled'])}",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def _share(metrics: dict[str, Any]) -> str:

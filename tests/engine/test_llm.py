@@ -133,6 +133,14 @@ def test_stop_strings_end_the_answer(tokenizer: Tokenizer, stop, text, written) 
     assert tokenizer.decode(completion.token_ids) == written
 
 
+@TOKENIZERS
+def test_stop_strings_do_not_act_in_a_thought_the_prompt_opened(tokenizer: Tokenizer) -> None:
+    params = SamplingParams(max_tokens=60, temperature=0.0, stop=".")
+    ((completion,),) = scripted("a. b</think>c. d", tokenizer).generate("x<think>", params)
+    assert (completion.reasoning, completion.text) == ("a. b", "c")
+    assert tokenizer.decode(completion.token_ids) == "a. b</think>c."
+
+
 def test_several_samples_of_a_prompt() -> None:
     llm = letters()
     counted: list[int] = []

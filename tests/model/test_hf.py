@@ -102,7 +102,7 @@ def test_head_of_a_bf16_model_is_stored_in_bf16_when_exact(tmp_path: Path) -> No
     hf.save_pretrained(model, tmp_path / "exact")
     stored = load_file(tmp_path / "exact" / "model.safetensors")
     kept = {name for name, tensor in stored.items() if tensor.dtype == torch.float32}
-    assert kept == {name for name in stored if name.endswith("gate.weight")}
+    assert kept == {name for name in stored if name.endswith("moe.gate.weight")}
     assert_same(M1ForCausalLM.from_pretrained(tmp_path / "exact", dtype="bfloat16"), model)
 
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_dtype_is_that_of_all_but_head_and_router(dtype: str | torch.dtype, tmp_
     expected = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     head = torch.promote_types(expected, torch.float32)
     for name, parameter in model.named_parameters():
-        wide = name.endswith(("lm_head.weight", "gate.weight"))
+        wide = name.endswith(("lm_head.weight", "moe.gate.weight"))
         assert parameter.dtype == (head if wide else expected)
 
 

@@ -27,7 +27,7 @@ def test_counts_are_those_of_the_model(config: M1Config) -> None:
     assert size.total_params == sum(counts.values())
     experts = sum(n for name, n in counts.items() if ".experts." in name)
     tables = sum(n for name, n in counts.items() if "embed_tokens" in name or "lm_head" in name)
-    routers = sum(n for name, n in counts.items() if name.endswith("gate.weight"))
+    routers = sum(n for name, n in counts.items() if name.endswith("moe.gate.weight"))
     chosen = experts * config.num_experts_per_tok // config.num_local_experts
     assert size.active_params_per_token == size.total_params - tables - routers - experts + chosen
 
