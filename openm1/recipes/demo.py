@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 import webbrowser
 from dataclasses import replace
@@ -35,11 +36,11 @@ MAX_THREADS = 4
 """More threads than this cost a model of this size more than they give."""
 
 NEXT = """What to try next:
-  openm1 chat                        talk with the shipped nano
-  openm1 eval --model {model} --tasks chain --thinking-budget 7
-                                     measure the model you just trained
-  openm1 rl chain --help             train it your way: DAPO, GRPO, other windows
-  openm1 inspect m1-80k              count the 456 B original"""
+  {openm1} chat                talk with the shipped nano
+  {openm1} rl chain --help     train your own way: DAPO, GRPO, other windows
+  {openm1} inspect m1-80k      count the 456 B original
+  {openm1} eval --tasks chain --thinking-budget 7 \\
+    --model {model}"""
 
 
 def run_demo(folder: Path, *, open_report: bool = False) -> None:
@@ -60,7 +61,9 @@ def run_demo(folder: Path, *, open_report: bool = False) -> None:
     seconds = time.monotonic() - began
     write_report(report, result, seconds)
     console.print(f"\nReport with plots: {report} ({seconds:.0f} s in all)\n", highlight=False)
-    console.print(NEXT.format(model=result.stages[2].checkpoint), highlight=False)
+    command = sys.argv[0] if Path(sys.argv[0]).name == "openm1" else "openm1"
+    after = result.stages[2].checkpoint
+    console.print(NEXT.format(openm1=command, model=after), highlight=False, soft_wrap=True)
     if open_report:
         webbrowser.open(report.resolve().as_uri())
 
@@ -83,7 +86,7 @@ def train_and_measure(folder: Path, console: Console) -> DemoResult:
     _say(console, 3, "CISPO: only right or wrong is said; it finds the long thought again.")
     after = _measure("CISPO", run_rl(cispo, "CISPO"))
     _say(console, 4, f"CISPO with the window capped at {CAPPED_TOKENS} tokens, for comparison.")
-    short = _measure(f"capped at {CAPPED_TOKENS}", run_rl(capped, "CISPO capped"))
+    short = _measure(f"capped at {CAPPED_TOKENS}", run_rl(capped, "CISPO capped"), CAPPED_TOKENS)
     result = DemoResult(
         folder=folder,
         stages=[born, before, after, short],
@@ -98,17 +101,15 @@ def _say(console: Console, number: int, text: str) -> None:
     console.print(f"\n[bold]{number}.[/bold] {text}", highlight=False)
 
 
-def _measure(name: str, checkpoint: Path) -> Stage:
-    """Held-out greedy accuracy, free and under each thinking budget."""
+def _measure(name: str, checkpoint: Path, window: int = MAX_TOKENS) -> Stage:
+    """Held-out greedy accuracy in a window of tokens, free and under each thinking budget."""
     llm = LLM(checkpoint)
-    config = EvalConfig(tasks=("chain",), num_samples=NUM_SAMPLES, seed=SEED, max_tokens=MAX_TOKENS)
+    config = EvalConfig(tasks=("chain",), num_samples=NUM_SAMPLES, seed=SEED, max_tokens=window)
     free = evaluate(llm.policy, llm.chat_format, config)["chain"]
-    curve = {
-        budget: evaluate(llm.policy, llm.chat_format, replace(config, thinking_budget=budget))[
-            "chain"
-        ].accuracy
-        for budget in BUDGETS
-    }
+    curve = {}
+    for budget in BUDGETS:
+        asked = replace(config, thinking_budget=budget)
+        curve[budget] = evaluate(llm.policy, llm.chat_format, asked)["chain"].accuracy
     return Stage(name=name, checkpoint=checkpoint, metrics=free, accuracy_by_budget=curve)
 
 
