@@ -2,7 +2,8 @@
 
 Shape legend, used in every annotation of the project (docs/notation.md has the long form):
 B sequences, T packed tokens, S running sequences, H query heads, G key/value heads, D head dim,
-C hidden size, E experts, K experts per token, F expert width, V vocabulary, N blocks.
+C hidden size, E experts, K experts per token, F expert width, V vocabulary, N packed sequences,
+M chunks of a kernel or places of a loss.
 """
 
 from __future__ import annotations
