@@ -50,18 +50,19 @@ COLD_START = SupervisedRun(
         families=REBALANCED,
         batch_tokens=2048,
         chain_full_share=1.0,
+        max_turns=3,
         direct_share=DIRECT_SHARE,
         seed=1,
     ),
     train=SupervisedConfig(
-        num_steps=2000,
+        num_steps=1500,
         max_tokens=1024,
         optimizer=AdamWConfig(learning_rate=2e-3),
         schedule=Schedule(warmup_steps=20, decay_share=0.7),
         save_every_steps=250,
     ),
 )
-"""Only whole thoughts, rebalanced, at a falling rate."""
+"""Only whole thoughts, rebalanced, up to three questions in a row, at a falling rate."""
 
 CISPO_RUN = RLRun(
     folder=FOLDER / "rl",

@@ -63,13 +63,16 @@ class TraceData:
     """Tokens per optimizer step, filled with whole conversations."""
     chain_full_share: float = 1.0
     """Share of chain's thoughts that compute after every operation; the others take short cuts."""
+    max_turns: int = 1
+    """Conversations ask one to this many questions, one after the other."""
     direct_share: dict[str, float] = field(default_factory=dict)
     """Per family, the share of conversations that answer without a thought."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens is {self.batch_tokens}; allowed is at least 1")
+        for name in ("batch_tokens", "max_turns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed is at least 1")
         if unknown := set(self.direct_share) - set(self.families):
             raise ValueError(f"direct_share names {sorted(unknown)}, which are not in families")
 
@@ -88,18 +91,22 @@ class TraceSource:
     def __call__(self, step: int) -> Sequence[Example]:
         examples: list[Example] = []
         room = self.data.batch_tokens
-        index = 0
+        # Steps are far apart in the stream: no batch reaches into the next one's tasks.
+        place = step * 1_000_000
         while room > 0:
-            # Steps are far apart in the stream: no batch reaches into the next one's tasks.
-            place = step * 1_000_000 + index
-            taskset, task = self.mixture.task(place)
-            # Not the mixture's own numbers: those have already decided which family this is.
-            rng = Random(stable_hash(f"{self.data.seed}/{place}/reply"))
-            reply = self._reply(taskset, task, rng)
-            examples.append(conversation_example(self.chat_format, [*task.prompt, reply]))
+            num_turns = self._random(place, "turns").randint(1, self.data.max_turns)
+            messages: list[Message] = []
+            for _ in range(num_turns):
+                taskset, task = self.mixture.task(place)
+                messages += [*task.prompt, self._reply(taskset, task, self._random(place, "reply"))]
+                place += 1
+            examples.append(conversation_example(self.chat_format, messages))
             room -= len(examples[-1].token_ids)
-            index += 1
         return examples
+
+    def _random(self, place: int, use: str) -> Random:
+        """Its own numbers for each use: shared ones would tie what should be independent."""
+        return Random(stable_hash(f"{self.data.seed}/{place}/{use}"))
 
     def _reply(self, taskset: Taskset, task: Task, rng: Random) -> Message:
         if rng.random() < self.data.direct_share.get(task.family, 0.0):
@@ -168,6 +175,8 @@ def run_rl(run: RLRun, title: str, on_step: StepHook | None = None) -> Path:
 
 def load_start(path: Path) -> tuple[M1ForCausalLM, Tokenizer]:
     """A checkpoint's model and tokenizer; a run folder stands for its newest checkpoint."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; run the stage before this one, or give --init")
     if (path / "checkpoints").is_dir():
         latest = RunFolder(path).latest()
         if latest is None:

@@ -5,10 +5,12 @@ python -m openm1.recipes.ship --checkpoint runs/nano/rl --before runs/nano/sft
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import tyro
@@ -25,6 +27,7 @@ from openm1.model.hf import SHIPPED
 from openm1.recipes import nano
 from openm1.recipes.card import CARD_FILE, Card
 from openm1.recipes.runs import load_start
+from openm1.types import Message, SamplingParams
 
 PACKAGE_DEFAULT = "reasoning-gym's default"
 CHAIN, HOP = ChainConfig(), HopConfig()
@@ -82,6 +85,7 @@ def make_card(config: ShipConfig) -> Card:
             "sampled": asdict(_measure(final, name, config, temperature=1.0)),
             "sampled_before_cispo": asdict(_measure(before, name, config, temperature=1.0)),
             "half_thought": asdict(_measure(final, name, config, thinking_budget=half)),
+            "second_question": _second_question_accuracy(final, name, config),
             "no_thought": asdict(_measure(final, name, config, thinking_budget=0)),
         }
     return Card(families=families, examples=_examples(config.seed), training=_training(config))
@@ -95,6 +99,32 @@ def _measure(llm: LLM, family: str, config: ShipConfig, **changes: Any) -> TaskM
         max_tokens=config.max_tokens,
     )
     return evaluate(llm.policy, llm.chat_format, replace(asked, **changes))[family]
+
+
+def _second_question_accuracy(llm: LLM, family: str, config: ShipConfig) -> float:
+    """Greedy accuracy on held-out questions asked after another, any family's, in one chat."""
+    taskset = make_taskset(family)
+    tasks = taskset.test(config.seed, config.num_samples)
+    per_family = -(-len(tasks) // len(nano.FAMILIES))
+    others = [make_taskset(name).test(config.seed + 1, per_family) for name in nano.FAMILIES]
+    first = [list(task.prompt) for group in zip(*others, strict=True) for task in group]
+    chats = [
+        [*opening, reply, *task.prompt]
+        for task, opening, reply in zip(tasks, first, _replies(llm, first, config), strict=False)
+    ]
+    replies = _replies(llm, chats, config)
+    envs = [taskset.make_env(task) for task in tasks]
+    results = [asyncio.run(env.step(reply)) for env, reply in zip(envs, replies, strict=True)]
+    return fmean(result.reward for result in results)
+
+
+def _replies(llm: LLM, chats: list[list[Message]], config: ShipConfig) -> list[Message]:
+    params = SamplingParams(max_tokens=config.max_tokens, temperature=0.0)
+    groups = llm.generate([llm.chat_format.encode(chat) for chat in chats], params)
+    return [
+        Message(role="assistant", reasoning=completion.reasoning, content=completion.text)
+        for (completion,) in groups
+    ]
 
 
 def _examples(seed: int) -> list[dict[str, str]]:
@@ -139,16 +169,17 @@ def card_page(card: Card) -> str:
 
 A hybrid lightning-attention mixture of experts in M1's shape, trained from random weights on a CPU
 by the recipe `openm1/recipes/nano.py`: {tokens["pretrain"]:,} tokens of pretraining,
-{tokens["sft"]:,} tokens of cold start, {steps} steps of CISPO; {minutes} minutes on one core. It
-thinks in view, then answers.
+{tokens["sft"]:,} tokens of cold start, {steps} steps of CISPO; {minutes} minutes on at most two
+cores. It thinks in view, then answers.
 
 Accuracy is greedy on {asked["num_samples"]} prompts per family that no training stream contains
 (held out by prompt, seed {asked["seed"]}), with the 95 % interval. "Commonest" is what always
 giving the commonest answer scores; "half" and "none" allow half the mean thought, and none.
-"Sampled" is at temperature 1, before and after CISPO.
+"Second" is greedy accuracy on the same questions asked after another one in the same chat, and
+"sampled" is at temperature 1, before and after CISPO.
 
-| family | difficulty | accuracy | commonest | thought tokens | half | none | sampled |
-|---|---|---|---|---|---|---|---|
+| family | difficulty | accuracy | commonest | thought tokens | half | none | second | sampled |
+|---|---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
 Prompts of count_bits and spell_backward are exactly reasoning-gym's. Questions to try:
@@ -174,6 +205,7 @@ def _row(name: str, family: dict[str, Any]) -> str:
         f"{held_out['mean_reasoning_tokens']:.1f}",
         _share(family["half_thought"]),
         _share(family["no_thought"]),
+        f"{family['second_question']:.1%}",
         f"{_share(family['sampled_before_cispo'])} to {_share(family['sampled'])}",
     )
     return f"| {' | '.join(cells)} |"

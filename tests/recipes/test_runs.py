@@ -54,6 +54,26 @@ def test_a_batch_is_filled_with_whole_conversations():
         assert sum(sizes) >= 300 > sum(sizes[:-1])
 
 
+def test_conversations_have_up_to_max_turns_questions():
+    batch = source(max_turns=3, batch_tokens=20_000)(0)
+    texts = [TOKENIZER.decode(example.token_ids) for example in batch]
+    counts = Counter(text.count("user name=user\n") for text in texts)
+    assert set(counts) == {1, 2, 3} and min(counts.values()) > len(batch) / 5
+    # Every reply is learned, in whichever turn it stands.
+    learned = [
+        TOKENIZER.decode([t for t, m in zip(e.token_ids, e.loss_mask, strict=True) if m])
+        for e in batch
+    ]
+    ends = [text.count(END_OF_SENTENCE) for text in learned]
+    assert ends == [text.count("ai name=assistant\n") for text in texts]
+    # Turns take consecutive tasks, so no question is asked twice.
+    single = source(batch_tokens=20_000)(0)
+    asked = [part for text in texts for part in text.split("user name=user\n")[1:]]
+    assert [part.split(END_OF_SENTENCE)[0] for part in asked][:50] == [
+        question(example) for example in single
+    ][:50]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_held_out_prompt_is_trained_on(family: str):
     examples = source(families={family: 1.0}, batch_tokens=1)
@@ -143,3 +163,8 @@ def test_a_run_without_a_checkpoint_is_no_start(tmp_path: Path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="no whole checkpoint yet"):
         load_start(tmp_path)
+
+
+def test_a_missing_stage_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="sft does not exist; run the stage before"):
+        load_start(tmp_path / "sft")
