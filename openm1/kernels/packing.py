@@ -74,8 +74,8 @@ class PackedLayout:
         """Sequences grouped by length within a factor of two, for padded batches.
 
         Each bucket is (gather [n, L], scatter [m]): `gather` indexes the T tokens, with T itself
-        for padding; `scatter` picks the real ones out of the flattened [n * L] in packed order of
-        `torch.cat` over the buckets' tokens. `bucket_order` undoes that order.
+        for padding; `scatter` picks the m real tokens out of the flattened [n * L]. Concatenated
+        over the buckets they stand in another order than packed; `bucket_order` undoes that.
         """
         return [self._bucket(members) for members in self._bucket_members]
 

@@ -1,6 +1,7 @@
 """What a running sequence remembers: lightning states, and the keys and values of softmax layers.
 
-The model asks for a `LayerCache` per layer and knows nothing else; the engine owns slots.
+`HybridCache` holds them by slot; a forward pass sees them through a `CacheView` of the slots it
+works on. Which sequence has which slot is the engine's business.
 """
 
 from __future__ import annotations
