@@ -1,34 +1,57 @@
-"""The cases: what is measured, and against whom. A peer gets the same weights and work."""
+"""The cases: what is measured, against whom, and the ratio we want to reach.
+
+A `Race` is timed: contestants take turns at the same work with the same weights, dtype and threads.
+A `Report` measures something else of ours, once.
+"""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
-from transformers import MiniMaxForCausalLM
 
-from openm1.kernels.packing import PackedLayout
-from openm1.model.cache import CacheView, HybridCache
+from benchmarks import reports
+from benchmarks.contestant import OURS, OpenM1
+from benchmarks.peers import (
+    VLLM_PYTHON,
+    LlamaCppPeer,
+    Peer,
+    TransformersPeer,
+    VllmPeer,
+    random_weights,
+    shape_315m,
+)
+from benchmarks.train import train_race
 from openm1.model.config import M1Config, post_norm_config
-from openm1.model.m1 import M1ForCausalLM
 
-Work = Callable[[], object]
-OURS, PEER = "openm1", "transformers MiniMax"
+Seconds = Callable[[], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """`contestants` maps a name to work on `num_tokens` tokens that returns its seconds."""
+
+    num_tokens: int
+    contestants: dict[str, Seconds]
+    goals: dict[str, float] = field(default_factory=dict)
+    """How many times as fast as a contestant we want to be."""
+    close: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """`contestants` maps a name to work that handles `num_tokens` tokens per call."""
+    about: str
+    race: Callable[[int], Race] | None = None
+    """Given the number of threads."""
+    report: Callable[[int], dict[str, Any]] | None = None
 
-    name: str
-    num_tokens: int
-    contestants: dict[str, Work]
 
-
-def bench_config() -> M1Config:
+def nano_shape() -> M1Config:
     """Hidden 256, 7 lightning layers and 1 softmax, 4 heads of 64, 8 experts, top 2: 11 M.
 
     transformers rotates whole heads, so rotary_dim is head_dim: both compute the same function.
@@ -45,96 +68,140 @@ def bench_config() -> M1Config:
     )
 
 
-@cache
-def models() -> tuple[M1ForCausalLM, MiniMaxForCausalLM]:
-    """The same random weights in both."""
-    ours = M1ForCausalLM(bench_config())
-    with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder, layout="transformers")
-        peer = MiniMaxForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return ours.eval(), peer.eval()
+@contextmanager
+def closing_on_error(peers: list[Any]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for peer in peers:
+            peer.close()
+        raise
 
 
-def prefill(num_tokens: int) -> Case:
-    ours, peer = models()
-    ids = torch.randint(0, ours.config.vocab_size, (1, num_tokens))
-
-    @torch.inference_mode()
-    def run_ours() -> object:
-        cache_ = HybridCache(ours.config, 1)
-        layout = PackedLayout([num_tokens])
-        hidden = ours.model(ids[0], layout, CacheView(cache_, [0], [num_tokens])).hidden
-        return ours.logits(hidden[-1:])
-
-    @torch.inference_mode()
-    def run_peer() -> object:
-        return peer(ids, use_cache=True, logits_to_keep=1).logits
-
-    return Case(
-        name=f"prefill {num_tokens}",
+def against_transformers(
+    ask: Callable[[Peer | OpenM1], Seconds],
+    num_tokens: int,
+    goal: float,
+    dtype: torch.dtype,
+    threads: int,
+) -> Race:
+    if dtype == torch.float32:
+        # Both go through oneDNN's fast products, where they are exact enough.
+        torch.set_float32_matmul_precision("medium")
+    model = random_weights(nano_shape(), dtype)
+    ours, peer = OpenM1(model), TransformersPeer(model)
+    return Race(
         num_tokens=num_tokens,
-        contestants={OURS: run_ours, PEER: run_peer},
+        contestants={OURS: ask(ours), peer.name: ask(peer)},
+        goals={peer.name: goal},
+        close=lambda: [each.close() for each in (ours, peer)],  # pyright: ignore
     )
 
 
-def decode(batch: int, context: int = 1024, new_tokens: int = 16) -> Case:
-    ours, peer = models()
-    ids = torch.randint(0, ours.config.vocab_size, (batch, context))
-    with torch.inference_mode():
-        own_cache = HybridCache(ours.config, batch)
-        slots = list(range(batch))
-        layout = PackedLayout([context] * batch)
-        ours.model(ids.flatten(), layout, CacheView(own_cache, slots, layout.lengths))
-        past = peer(ids, use_cache=True, logits_to_keep=1).past_key_values
-    step_layout = PackedLayout([1] * batch)
-    token = ids[:, :1]
+def nano_decode(batch: int, context: int, goal: float, dtype: torch.dtype, threads: int) -> Race:
+    steps = 16 if context < 8192 else 4
 
-    @torch.inference_mode()
-    def run_ours() -> object:
-        for _ in range(new_tokens):
-            view = CacheView(own_cache, slots, step_layout.lengths)
-            logits = ours.logits(ours.model(token[:, 0], step_layout, view).hidden)
-        return logits
+    def ask(one: Peer | OpenM1) -> Seconds:
+        return lambda: one.decode_s(batch, context, steps)
 
-    @torch.inference_mode()
-    def run_peer() -> object:
-        for _ in range(new_tokens):
-            logits = peer(token, past_key_values=past, use_cache=True).logits
-        return logits
+    return against_transformers(ask, batch * steps, goal, dtype, threads)
 
-    return Case(
-        name=f"decode batch {batch} at {context}",
-        num_tokens=batch * new_tokens,
-        contestants={OURS: run_ours, PEER: run_peer},
+
+def nano_prefill(num_tokens: int, goal: float, dtype: torch.dtype, threads: int) -> Race:
+    def ask(one: Peer | OpenM1) -> Seconds:
+        return lambda: one.prefill_s(num_tokens)
+
+    return against_transformers(ask, num_tokens, goal, dtype, threads)
+
+
+def big_contestants(batch: int, context: int, threads: int) -> list[Peer | OpenM1]:
+    """OpenM1, llama.cpp in bf16 and Q8_0, and vLLM where there is one."""
+    model = random_weights(shape_315m(), torch.bfloat16)
+    made: list[Any] = []
+    with closing_on_error(made):
+        made.append(OpenM1(model))
+        room = {"max_batch": batch, "max_context": context + 512, "threads": threads}
+        made.append(LlamaCppPeer(model, **room))
+        made.append(LlamaCppPeer(model, quantization="q8_0", **room))
+        if os.environ.get(VLLM_PYTHON):
+            made.append(VllmPeer(model.config, **room))
+    return made
+
+
+def big_race(
+    ask: Callable[[Peer | OpenM1], Seconds],
+    made: list[Peer | OpenM1],
+    num_tokens: int,
+    goal: float,
+) -> Race:
+    return Race(
+        num_tokens=num_tokens,
+        contestants={one.name: ask(one) for one in made},
+        goals={"llama.cpp bfloat16": goal},
+        close=lambda: [one.close() for one in made],  # pyright: ignore
     )
 
 
-def train(batch: int = 4, length: int = 512) -> Case:
-    ours, peer = models()
-    ids = torch.randint(0, ours.config.vocab_size, (batch, length))
+def big_decode(batch: int, goal: float, threads: int) -> Race:
+    steps = 16
 
-    def run(model: torch.nn.Module, logits: Callable[[], torch.Tensor]) -> object:
-        loss = torch.nn.functional.cross_entropy(
-            logits()[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    def ask(one: Peer | OpenM1) -> Seconds:
+        return lambda: one.decode_s(batch, 256, steps)
+
+    return big_race(ask, big_contestants(batch, 256, threads), batch * steps, goal)
+
+
+def big_prefill(goal: float, threads: int) -> Race:
+    def ask(one: Peer | OpenM1) -> Seconds:
+        return lambda: one.prefill_s(2048)
+
+    return big_race(ask, big_contestants(1, 2048, threads), 2048, goal)
+
+
+def fork(threads: int) -> Race:
+    """Prefill of 16 samples of one prompt of 4096 tokens, and of 16 different ones."""
+    ours = OpenM1(random_weights(nano_shape(), torch.float32))
+
+    def once(same: bool) -> float:
+        prompts = [ours.random_ids(4096) for _ in range(1 if same else 16)]
+        return ours.timed_prompts((prompts * 16)[:16])
+
+    return Race(
+        num_tokens=16 * 4096,
+        contestants={OURS: lambda: once(True), "openm1, 16 cold prompts": lambda: once(False)},
+        goals={"openm1, 16 cold prompts": 12.0},
+    )
+
+
+def _nano_cases() -> dict[str, Case]:
+    cases: dict[str, Case] = {}
+    for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        for context, goals in ((1024, (10, 8, 8)), (16_384, (10, 10, 10))):
+            for batch, goal in zip((1, 8, 32), goals, strict=True):
+                name = f"decode-nano-{kind}-{context // 1024}k-b{batch}"
+                about = f"decode, nano {kind}, context {context}, batch {batch}"
+                race = partial(nano_decode, batch, context, goal, dtype)
+                cases[name] = Case(about=about, race=race)
+        for length, goal in ((4096, 1.3), (16_384, 2.0), (65_536, 3.0)):
+            name = f"prefill-nano-{kind}-{length // 1024}k"
+            race = partial(nano_prefill, length, goal, dtype)
+            cases[name] = Case(about=f"prefill, nano {kind}, {length} tokens", race=race)
+    return cases
+
+
+CASES: dict[str, Case] = {
+    **_nano_cases(),
+    **{
+        f"decode-315m-b{batch}": Case(
+            about=f"decode, 315 M bf16, batch {batch}", race=partial(big_decode, batch, goal)
         )
-        loss.backward()
-        model.zero_grad()
-        return loss
-
-    return Case(
-        name=f"forward and backward {batch} x {length}",
-        num_tokens=batch * length,
-        contestants={
-            OURS: lambda: run(ours, lambda: ours(ids)),
-            PEER: lambda: run(peer, lambda: peer(ids, use_cache=False).logits),
-        },
-    )
-
-
-CASES: dict[str, Callable[[], Case]] = {
-    "prefill-1k": lambda: prefill(1024),
-    "prefill-4k": lambda: prefill(4096),
-    "decode-1": lambda: decode(1),
-    "decode-8": lambda: decode(8),
-    "train": train,
+        for batch, goal in ((1, 1.2), (8, 2.0), (32, 4.0))
+    },
+    "prefill-315m": Case(about="prefill, 315 M bf16, 2048 tokens", race=partial(big_prefill, 6.0)),
+    "fork": Case(about="16 samples of one 4096-token prompt against 16 cold", race=fork),
+    "train": Case(about="forward and backward, nano fp32, 4 x 512", race=train_race),
+    "prefix": Case(about="tokens cached of half-shared prompts", report=reports.prefix),
+    "long": Case(about="time per token against context", report=reports.long_contexts),
+    "memory": Case(about="peak memory of a 256K prefill", report=reports.prefill_memory),
+    # int8
 }

@@ -6,48 +6,49 @@ import json
 import os
 import platform
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.registry import CASES, OURS, Case
+from benchmarks.contestant import OURS
+from benchmarks.registry import CASES, Race
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     """What to run."""
 
-    only: str = ""
-    """Run cases whose name contains this."""
+    only: tuple[str, ...] = ()
+    """Run cases whose name contains one of these; nothing runs all."""
     repeats: int = 5
     threads: int = 0
     """0 keeps torch's choice."""
     out: Path | None = None
-    """Where to write the JSON."""
+    """Where to write the JSON; results of cases that are not run now stay in it."""
+    plot: Path | None = None
+    """Where to draw time per token against context (case "long")."""
 
 
-def measure(case: Case, repeats: int) -> dict[str, float]:
-    """Median tokens per second of each contestant; they take turns, so noise hits all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in case.contestants}
-    for name, work in case.contestants.items():
-        work()
-        seconds[name].clear()
-    for _ in range(repeats):
-        for name, work in case.contestants.items():
-            began = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: case.num_tokens / statistics.median(times) for name, times in seconds.items()}
+def measure(race: Race, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each turn; contestants take turns, so noise hits all alike. The first is not
+    counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in race.contestants}
+    for turn in range(repeats + 1):
+        for name, work in race.contestants.items():
+            took = work()
+            if turn:
+                seconds[name].append(took)
+    return seconds
 
 
 def machine() -> dict[str, object]:
     return {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -56,25 +57,105 @@ def machine() -> dict[str, object]:
     }
 
 
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def run_race(race: Race, repeats: int) -> dict[str, Any]:
+    """Median tokens per second of each, how far the turns spread, and how we stand to the goals."""
+    try:
+        seconds = measure(race, repeats)
+    finally:
+        race.close()
+    rates = {name: race.num_tokens / statistics.median(times) for name, times in seconds.items()}
+    return {
+        "tokens_per_s": rates,
+        "slowest_over_fastest": {name: max(t) / min(t) for name, t in seconds.items()},
+        "openm1_over": {name: rates[OURS] / rate for name, rate in rates.items() if name != OURS},
+        "goals": race.goals,
+    }
+
+
+def show(console: Console, name: str, about: str, result: dict[str, Any]) -> None:
+    if "tokens_per_s" not in result:
+        console.print(f"[bold]{name}[/bold] {about}")
+        console.print_json(json.dumps(result))
+        return
+    table = Table(
+        "contestant", "tokens/s", "spread", "openm1 : it", "goal", title=f"{name}: {about}"
+    )
+    for contestant, rate in result["tokens_per_s"].items():
+        ratio = result["openm1_over"].get(contestant)
+        goal = result["goals"].get(contestant)
+        table.add_row(
+            contestant,
+            f"{rate:,.0f}",
+            f"{result['slowest_over_fastest'][contestant]:.2f}",
+            "" if ratio is None else f"{ratio:.2f}",
+            "" if goal is None else f"{goal:g} {'met' if ratio >= goal else 'missed'}",
+        )
+    console.print(table)
+
+
+def draw_long(result: dict[str, Any], path: Path) -> None:
+    """Time per token against context, with what the bytes alone would make of the shortest."""
+    from matplotlib.figure import Figure
+
+    curve = result["curve"]
+    contexts = [row["context"] for row in curve]
+    first = curve[0]
+    predicted = [
+        1e3 * first["seconds_per_token"] * row["bytes_per_token"] / first["bytes_per_token"]
+        for row in curve
+    ]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(contexts, [1e3 * row["seconds_per_token"] for row in curve], "o-", label="measured")
+    axes.plot(contexts, predicted, "--", label="predicted from bytes moved, from the first point")
+    axes.set(
+        xscale="log", yscale="log", xlabel="context [tokens]", ylabel="time per token [ms]",
+        title="decode, nano fp32, one sequence",
+    )  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     config = tyro.cli(BenchConfig, prog="python -m benchmarks.run")
-    chosen = {name: make for name, make in CASES.items() if config.only in name}
+    chosen = {
+        name: case
+        for name, case in CASES.items()
+        if not config.only or any(part in name for part in config.only)
+    }
     if not chosen:
-        raise SystemExit(f"no case contains {config.only!r}; there are {', '.join(CASES)}")
+        raise SystemExit(f"no case contains {config.only}; there are {', '.join(CASES)}")
     if config.threads:
         torch.set_num_threads(config.threads)
-    torch.manual_seed(0)
-    about = machine()
-    table = Table("case", "contestant", "tokens/s", "openm1 : it", title=json.dumps(about))
-    results = {}
-    for name, make in chosen.items():
-        rates = results[name] = measure(make(), config.repeats)
-        for contestant, rate in rates.items():
-            table.add_row(name, contestant, f"{rate:,.0f}", f"{rates[OURS] / rate:.2f}")
-    Console().print(table)
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps({"machine": about, "results": results}, indent=2) + "\n")
+    console, about = Console(), machine()
+    console.print_json(json.dumps(about))
+    results: dict[str, Any] = {}
+    if config.out is not None and config.out.is_file():
+        results = json.loads(config.out.read_text())["results"]
+    for name, case in chosen.items():
+        torch.manual_seed(0)
+        torch.set_float32_matmul_precision("highest")
+        if case.race is not None:
+            result = run_race(case.race(torch.get_num_threads()), config.repeats)
+        else:
+            assert case.report is not None
+            result = case.report(torch.get_num_threads())
+        results[name] = result
+        show(console, name, case.about, result)
+        if name == "long" and config.plot is not None:
+            draw_long(result, config.plot)
+        if config.out is not None:
+            config.out.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"machine": about, "results": results}, indent=2)
+            config.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["MKL_NUM_THREADS"] = "1"
 
-# Every annotated shape and dtype of these packages is checked at each call, tests only.
-jaxtyping.install_import_hook(["openm1.kernels", "openm1.model"], "beartype.beartype")
+# Every annotated shape and dtype of these packages is checked at each call, tests only. The kernels
+# that numba compiles must stay as they are.
+jaxtyping.install_import_hook(
+    [
+        "openm1.kernels.lightning",
+        "openm1.kernels.packing",
+        "openm1.kernels.paged_attention",
+        "openm1.model",
+    ],
+    "beartype.beartype",
+)
 
 # The first call into torch takes long on a busy machine; a deadline would only measure that.
 hypothesis.settings.register_profile("openm1", deadline=None)

@@ -13,6 +13,9 @@ from typing import Literal
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
 
+LANDING_MESSAGE = "\n\nI have thought long enough, so I answer with what I have.\n"
+"""What the engine writes to end a thought whose budget is spent in the middle of a sentence."""
+
 Part = Literal["reasoning", "answer"]
 
 

@@ -109,24 +109,21 @@ class Tokenizer:
         eos_token_id: int | None = None,
         bos_token_id: int | None = None,
         chat_template: str | None = None,
+        huggingface_json: str | None = None,
     ) -> Tokenizer:
         """From the values of a GGUF file's `tokenizer.ggml.*` keys and `tokenizer.chat_template`.
 
         Bytes that the vocabulary has no token for are dropped by `encode`, as llama.cpp does.
+        With `huggingface_json`, a whole tokenizer.json, that decides instead.
         """
         if model != "gpt2":
             raise ValueError(f"GGUF tokenizer model is {model!r}; allowed is 'gpt2'")
         if len(token_types) != len(tokens):
             raise ValueError(f"{len(tokens)} tokens but {len(token_types)} token types")
-        pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-        vocabulary = tokenizers.Tokenizer(
-            models.BPE({token: index for index, token in enumerate(tokens)}, pairs)
-        )
-        vocabulary.pre_tokenizer = _gguf_pre_tokenizer(pre)
-        vocabulary.decoder = decoders.ByteLevel()
-        for token, kind in zip(tokens, token_types, strict=True):
-            if kind in (GGUF_CONTROL, GGUF_USER_DEFINED):
-                _add(vocabulary, token, special=kind == GGUF_CONTROL)
+        if huggingface_json is not None:
+            vocabulary = tokenizers.Tokenizer.from_str(huggingface_json)
+        else:
+            vocabulary = _gguf_tokenizer(pre, tokens, merges, token_types)
         return cls(
             vocabulary,
             eos_token=None if eos_token_id is None else tokens[eos_token_id],
@@ -150,6 +147,10 @@ class Tokenizer:
         present = {key: value for key, value in config.items() if value is not None}
         text = json.dumps(present, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", "utf-8")
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json."""
+        return self._vocabulary.to_str()
 
     @property
     def vocab_size(self) -> int:
@@ -297,6 +298,21 @@ def _guarded(word: str) -> str:
     before = r"(?<![\p{L}\p{N}])" if word[0].isalnum() else ""
     after = r"(?![\p{L}\p{N}])" if word[-1].isalnum() else ""
     return before + escaped + after
+
+
+def _gguf_tokenizer(
+    pre: str, tokens: Sequence[str], merges: Sequence[str], token_types: Sequence[int]
+) -> tokenizers.Tokenizer:
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    vocabulary = tokenizers.Tokenizer(
+        models.BPE({token: index for index, token in enumerate(tokens)}, pairs)
+    )
+    vocabulary.pre_tokenizer = _gguf_pre_tokenizer(pre)
+    vocabulary.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, token_types, strict=True):
+        if kind in (GGUF_CONTROL, GGUF_USER_DEFINED):
+            _add(vocabulary, token, special=kind == GGUF_CONTROL)
+    return vocabulary
 
 
 def _gguf_pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:

@@ -8,11 +8,12 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from openm1.cli.progress import ProgressDisplay
 from openm1.engine.llm import LLM
 from openm1.types import Completion, Message, SamplingParams
 
+NOTES = {"length": "[stopped at max_tokens]", "repetition": "[stopped: it repeats itself]"}
 HELP = "/new starts afresh, /budget N limits the thought (/budget off frees it), /exit ends."
-SESSION = "terminal"
 
 
 def run_chat(llm: LLM, params: SamplingParams, *, system: str, question: str) -> None:
@@ -63,23 +64,24 @@ def _with_budget(params: SamplingParams, line: str, console: Console) -> Samplin
 def _answer(llm: LLM, messages: list[Message], params: SamplingParams, console: Console) -> Message:
     """Streams one reply and returns it as a message, thought included: the model saw it."""
     last = None
-    for item in llm.stream_chat(messages, params, session=SESSION):
-        if isinstance(item, Completion):
-            return _finish(item, console, last)
-        part, text = item
-        if last == "reasoning" and part == "answer":
-            console.print()
-        style = "dim italic" if part == "reasoning" else None
-        console.print(text, end="", style=style, markup=False)
-        last = part
+    with ProgressDisplay(show_answers=False) as display:
+        for item in llm.stream_chat(messages, params, on_progress=display):
+            if isinstance(item, Completion):
+                return _finish(item, console, last)
+            part, text = item
+            if last == "reasoning" and part == "answer":
+                console.print()
+            style = "dim italic" if part == "reasoning" else None
+            console.print(text, end="", style=style, markup=False)
+            last = part
     raise AssertionError("the stream ended without a completion")
 
 
 def _finish(completion: Completion, console: Console, last: str | None) -> Message:
     if last is not None:
         console.print()
-    if completion.finish_reason == "length":
-        console.print("[stopped at max_tokens]", style="dim", markup=False)
+    if note := NOTES.get(completion.finish_reason):
+        console.print(note, style="dim", markup=False)
     return Message(
         role="assistant",
         content=completion.text,

@@ -6,12 +6,17 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
+if TYPE_CHECKING:
+    from openm1.engine.config import EngineConfig
+
+Kernels = Literal["auto", "torch", "cpu"]
 Dtype = Literal["float32", "bfloat16", "float64"]
+Weights = Literal["full", "int8"]
 TRAINERS = ("pretrain", "sft", "rl")
 
 # A flag has one form, the one that changes something: --json, not --no-json beside it.
@@ -41,10 +46,12 @@ def inspect(model: Positional[str], *, json_: Annotated[bool, arg(name="json")] 
 
 
 def generate(
-    prompt: Positional[tuple[str, ...]],
+    prompt: Positional[tuple[str, ...]] = (),
     *,
     model: str = "nano",
     dtype: Dtype = "float32",
+    weights: Weights = "full",
+    prompt_file: UseAppendAction[tuple[Path, ...]] = (),
     max_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -53,16 +60,25 @@ def generate(
     n: int = 1,
     stop: UseAppendAction[tuple[str, ...]] = (),
     ignore_eos: bool = False,
+    no_thinking: bool = False,
     thinking_budget: int | None = None,
+    thinking_grace: int | None = None,
+    memory_budget: str | None = None,
+    kernels: Kernels = "auto",
     json_: Annotated[bool, arg(name="json")] = False,
 ) -> None:
-    """Continues one or more prompts as they stand, without a chat template."""
+    """Continues one or more prompts as they stand, without a chat template.
+
+    Prompts in files come after those on the command line. --memory-budget is a size like 4GiB.
+    """
     from dataclasses import asdict
 
+    from openm1.cli.progress import ProgressDisplay
     from openm1.engine.llm import LLM
     from openm1.types import SamplingParams
 
-    if not prompt:
+    prompts = [*prompt, *(file.read_text() for file in prompt_file)]
+    if not prompts:
         raise ValueError("generate needs at least one prompt")
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -73,13 +89,21 @@ def generate(
         n=n,
         stop=stop,
         ignore_eos=ignore_eos,
+        thinking=not no_thinking,
         thinking_budget=thinking_budget,
+        thinking_grace=thinking_grace,
     )
-    groups = LLM(model, dtype=dtype).generate(list(prompt), params)
+    llm = LLM(model, dtype=dtype, weights=weights, config=_engine_config(memory_budget, kernels))
+    if llm.int8_report is not None:
+        print(llm.int8_report, file=sys.stderr)
+    with ProgressDisplay() as display:
+        groups = llm.generate(prompts, params, on_progress=display)
     if json_:
         print(json.dumps([[asdict(c) for c in group] for group in groups]))
         return
-    for text, group in zip(prompt, groups, strict=True):
+    # A prompt from a file may be a book; only what follows it is printed.
+    shown = [*prompt, *("" for _ in prompt_file)]
+    for text, group in zip(shown, groups, strict=True):
         for completion in group:
             thought = (
                 "" if completion.reasoning is None else f"<think>{completion.reasoning}</think>"
@@ -92,40 +116,81 @@ def chat(
     *,
     model: str = "nano",
     dtype: Dtype = "float32",
+    weights: Weights = "full",
+    prompt_file: Path | None = None,
     system: str = "",
     max_tokens: int = 1024,
     temperature: float = 0.0,
     seed: int | None = None,
+    no_thinking: bool = False,
     thinking_budget: int | None = None,
+    thinking_grace: int | None = None,
+    memory_budget: str | None = None,
+    kernels: Kernels = "auto",
 ) -> None:
-    """Talks with a model, its thought visible. With a question it answers that and ends."""
+    """Talks with a model, its thought visible. With a question it answers that and ends.
+
+    --prompt-file holds a question, put before one on the command line. --memory-budget is a size
+    like 4GiB.
+    """
     from openm1.cli.chat import run_chat
     from openm1.engine.llm import LLM
     from openm1.types import SamplingParams
 
+    if prompt_file is not None:
+        question = "\n\n".join(part for part in (prompt_file.read_text(), question) if part)
     params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, seed=seed, thinking_budget=thinking_budget
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        thinking=not no_thinking,
+        thinking_budget=thinking_budget,
+        thinking_grace=thinking_grace,
     )
-    run_chat(LLM(model, dtype=dtype), params, system=system, question=question)
+    llm = LLM(model, dtype=dtype, weights=weights, config=_engine_config(memory_budget, kernels))
+    if llm.int8_report is not None:
+        print(llm.int8_report, file=sys.stderr)
+    run_chat(llm, params, system=system, question=question)
+
+
+def _engine_config(memory_budget: str | None, kernels: Kernels) -> EngineConfig:
+    from openm1.common.units import parse_bytes
+    from openm1.engine.config import EngineConfig
+
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
+    return EngineConfig(memory_budget_bytes=budget, kernels=kernels)
 
 
 def convert(
     model: Positional[str],
     target: Positional[Path],
     *,
-    layout: Literal["published", "transformers"] = "published",
-    dtype: Dtype = "float32",
+    layout: Literal["published", "transformers", "gguf"] = "published",
+    dtype: Dtype | Literal["q8_0"] = "float32",
 ) -> None:
-    """Rewrites a checkpoint in another layout or dtype; .gguf files of Llama type can be read."""
+    """Rewrites a checkpoint in another layout or dtype, or as a .gguf file for llama.cpp.
+
+    .gguf files of Llama type and of M1 can be read; q8_0 is for layout gguf.
+    """
     from openm1.engine.llm import load_tokenizer
+    from openm1.model.gguf_export import save_gguf
     from openm1.model.m1 import M1ForCausalLM
 
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         raise ValueError(f"{target} exists and is not empty; give a new folder")
-    M1ForCausalLM.from_pretrained(model, dtype=dtype).save_pretrained(target, layout=layout)
+    quantization = "q8_0" if dtype == "q8_0" else None
+    if quantization and layout != "gguf":
+        raise ValueError(f"dtype is 'q8_0' and layout {layout!r}; allowed is layout 'gguf'")
+    source = M1ForCausalLM.from_pretrained(model, dtype="float32" if quantization else dtype)
     tokenizer = load_tokenizer(model)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(target)
+    if layout == "gguf":
+        notes = save_gguf(source, target, tokenizer=tokenizer, quantization=quantization)
+        for note in notes:
+            print(f"note: {note}")
+    else:
+        source.save_pretrained(target, layout=layout)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
     print(f"wrote {target}")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -22,6 +24,15 @@ PROBE_REPEATS = 20
 # Two timings of the same thing differ by a few percent.
 TIMING_SLACK = 1.05
 
+# Limit and use of memory, of control groups version 2 and 1.
+CONTROL_GROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     """The type called `name`; raises ValueError for one the model does not compute in."""
@@ -34,6 +45,31 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 def default_device() -> torch.device:
     """The first CUDA device, or the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """What a process may still take: on the CPU without swapping, and within its control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = _meminfo_available()
+    if free is None:
+        # Systems other than Linux tell only how much there is in all.
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit, used in CONTROL_GROUP_FILES:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            # No control group of this kind, or one without a limit ("max").
+            continue
+    return max(free, 0)
+
+
+def _meminfo_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(s.split()[1]) * 1024 for s in lines if s.startswith("MemAvailable:")), None)
 
 
 def enable_fast_fp32_matmul() -> str:

@@ -1,4 +1,6 @@
 """Generation: tokens in, tokens out, many sequences at a time.
 
-Reading order: request, thinking, stopping, sampler, engine (the loop), client (async), llm (text).
+Reading order: request, cache (what a sequence has, what is shared), scheduler (what runs next),
+admission, thinking, adjustment and sampler (which token), stopping, runner (who computes), engine
+(the loop), client (async), llm (text).
 """

@@ -1,55 +1,48 @@
-"""The loop: admit, prefill, decode, sample, stop. Tokens only; text lives in `llm`."""
+"""The loop: plan, prefill, decode, choose, stop. Tokens only; text lives in `llm`."""
 
 from __future__ import annotations
 
-import secrets
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from openm1.chat.tokenizer import Tokenizer
+from openm1.common.device import available_memory_bytes
+from openm1.engine.admission import make_request
+from openm1.engine.cache.hybrid import CachedSequence, CacheSizes, HybridCache
+from openm1.engine.config import EngineConfig, Kernels, SpecialTokens
 from openm1.engine.request import Request
-from openm1.engine.sampler import sample, token_logprobs, uniforms
+from openm1.engine.runner import Runner, TorchRunner
+from openm1.engine.sampler import Choice, choose, sampling_row
+from openm1.engine.scheduler import Scheduler
 from openm1.engine.stopping import finish_reason
-from openm1.engine.thinking import ThoughtTracker
-from openm1.kernels.packing import PackedLayout
-from openm1.model.cache import CacheView, HybridCache
+from openm1.model.cache import CachePools
 from openm1.model.m1 import M1ForCausalLM
 from openm1.types import Completion, SamplingParams
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
-    """How much runs at once."""
-
-    max_num_seqs: int = 256
-    """Sequences decoded together."""
-    max_prefill_tokens: int = 8192
-    """Prompt tokens per forward pass; longer prompts are split."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed is at least 1")
+InFlight = Literal["recompute", "keep"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SpecialTokens:
-    """What the engine must know of the vocabulary."""
+class EngineMemory:
+    """Bytes of keys, values and states."""
 
-    vocab_size: int
-    """Ids from here on have no text and are never sampled."""
-    eos_token_ids: frozenset[int] = frozenset()
-    think_open: tuple[int, ...] = ()
-    think_close: tuple[int, ...] = ()
-    is_blank: Callable[[int], bool] = lambda token: False
-    """Whether a token is blank characters only, which may stand before a thought."""
+    budget_bytes: int
+    in_use_bytes: int
+    """Of running sequences and cached prefixes."""
+    cached_bytes: int
+    """Of those, what is given up when a request needs the room."""
 
 
 class Engine:
-    """Continuous batching over a fixed number of slots, one `step` at a time."""
+    """Continuous batching over a hybrid cache, one `step` at a time.
+
+    Its methods may be called from any thread; they wait for a running step to end.
+    """
 
     def __init__(
         self, model: M1ForCausalLM, tokens: SpecialTokens, config: EngineConfig | None = None
@@ -58,92 +51,165 @@ class Engine:
         self.tokens = tokens
         self.config = config or EngineConfig()
         self.policy_version = 0
-        self._cache: HybridCache | None = None
-        self._free: list[int] = []
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
-        self._sessions: OrderedDict[str, tuple[int, list[int]]] = OrderedDict()
+        self.lock = threading.RLock()
+        self._live: dict[Request, None] = {}
+        self._is_open = False
+        self._runner: Runner
+        self._scheduler: Scheduler
+
+    def _open(self) -> None:
+        """Takes memory and makes empty books, when the first request comes."""
+        model, config = self.model, self.config
+        budget = config.memory_budget_bytes or available_memory_bytes(model.device) // 2
+        sizes = CacheSizes(
+            page_tokens=config.page_tokens,
+            page_bytes=CachePools.page_bytes(model.config, config.page_tokens, model.dtype),
+            state_bytes=CachePools.state_bytes(model.config, model.dtype),
+            budget_bytes=budget,
+        )
+        # Of either kind as many as the budget buys: the books see to it that both together fit.
+        pools = CachePools(
+            model.config,
+            num_pages=budget // sizes.page_bytes if sizes.page_bytes else 0,
+            num_slots=budget // sizes.state_bytes if sizes.state_bytes else 0,
+            page_tokens=config.page_tokens,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self._runner = _make_runner(model, pools, config.kernels)
+        self._scheduler = self._new_books(sizes)
+        self._is_open = True
+
+    def _new_books(self, sizes: CacheSizes) -> Scheduler:
+        config = self.config
+        return Scheduler(
+            HybridCache(sizes),
+            max_num_seqs=config.max_num_seqs,
+            max_step_tokens=config.max_step_tokens,
+        )
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._live)
+
+    @property
+    def memory(self) -> EngineMemory:
+        if not self._is_open:
+            budget = self.config.memory_budget_bytes or 0
+            return EngineMemory(budget_bytes=budget, in_use_bytes=0, cached_bytes=0)
+        cache = self._scheduler.cache
+        return EngineMemory(
+            budget_bytes=cache.sizes.budget_bytes,
+            in_use_bytes=cache.num_bytes_in_use,
+            cached_bytes=cache.num_bytes_cached,
+        )
 
     def submit(
         self,
         prompt_ids: list[int],
         params: SamplingParams,
         *,
-        session: str | None = None,
+        snapshot_at: Iterable[int] = (),
+        tokenizer: Tokenizer | None = None,
     ) -> Request:
-        """Queues one sequence. Raises ValueError on an empty, foreign or too long prompt."""
-        self._check(prompt_ids, params)
-        if params.seed is None:
-            params = replace(params, seed=secrets.randbits(63))
-        request = Request(
-            prompt_ids=list(prompt_ids),
-            params=params,
-            thought=ThoughtTracker(
-                self.tokens.think_open,
-                self.tokens.think_close,
-                is_blank=self.tokens.is_blank,
-                prompt_tail=self._tail(prompt_ids),
-                budget=params.thinking_budget,
-            ),
-            session=session,
+        """Queues one sequence.
+
+        `snapshot_at` are prefix lengths of the prompt from which later prompts are likely to
+        differ; the prompt's own end is always one. Stop strings need a tokenizer. Raises ValueError
+        on an empty, foreign or too long prompt, and on one that no memory could ever be found for.
+        """
+        request = make_request(
+            self.model.config,
+            self.tokens,
+            prompt_ids,
+            params,
+            snapshot_at=snapshot_at,
+            tokenizer=tokenizer,
         )
-        self._waiting.append(request)
+        with self.lock:
+            if not self._is_open:
+                self._open()
+            self._scheduler.add(request)
+            self._live[request] = None
         return request
-
-    def _check(self, prompt_ids: list[int], params: SamplingParams) -> None:
-        if params.n != 1:
-            raise ValueError(f"n is {params.n}; the engine takes one sequence a request")
-        if not prompt_ids:
-            raise ValueError("the prompt is empty; allowed is at least one token")
-        if bad := [i for i in prompt_ids if not 0 <= i < self.model.config.vocab_size]:
-            raise ValueError(
-                f"prompt has token id {bad[0]}; allowed are 0 to {self.model.config.vocab_size - 1}"
-            )
-        room = self.model.config.max_position_embeddings
-        if len(prompt_ids) + params.max_tokens > room:
-            raise ValueError(
-                f"prompt of {len(prompt_ids)} tokens and max_tokens {params.max_tokens} exceed the "
-                f"model's {room} positions"
-            )
-
-    def _tail(self, prompt_ids: list[int]) -> list[int]:
-        for at in range(len(prompt_ids) - 1, -1, -1):
-            if prompt_ids[at] in self.tokens.eos_token_ids:
-                return prompt_ids[at + 1 :]
-        return prompt_ids
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Prefills what can be admitted, else decodes one token each; returns what finished.
+        """One pass: a token for each running request, some of the prompts; returns what finished.
 
-        After an error the running requests cannot go on; abort them.
+        After an error, Ctrl-C included, all requests wait to be computed again: abort them, or go
+        on.
         """
-        admitted = self._admit()
-        batch = admitted or self._running
-        if not batch:
-            return []
-        self._sample(batch, self._prefill(admitted) if admitted else self._decode())
-        done = [request for request in self._running if request.finish_reason is not None]
-        if done:
-            self._running = [r for r in self._running if r.finish_reason is None]
-            for request in done:
-                self._release(request)
+        with self.lock:
+            if not self._live:
+                return []
+            # What an error finds: books half written, or books whole and caches half computed.
+            books_are_whole = False
+            try:
+                plan = self._scheduler.schedule()
+                self._settle()
+                books_are_whole = True
+                if plan.prefill:
+                    pieces = [(c.request, c.request.ids(c.start, c.end)) for c in plan.prefill]
+                    self._runner.prefill([(sequence_of(r), ids) for r, ids in pieces])
+                choice = self._choose(plan.decode) if plan.decode else None
+                books_are_whole = False
+                self._scheduler.ran(plan)
+                done = self._take(plan.decode, choice) if choice is not None else []
+                self._settle()
+                return done
+            except BaseException:
+                self._recover(books_are_whole=books_are_whole)
+                raise
+
+    def _settle(self) -> None:
+        """Carries out what the books order, and gives memory that came free back to the system."""
+        cache = self._scheduler.cache
+        self._runner.apply(cache.take_orders())
+        self._runner.pools.release(*cache.take_freed())
+
+    def _choose(self, requests: list[Request]) -> Choice:
+        newest = [request.newest_id for request in requests]
+        logits = self._runner.decode(newest, [sequence_of(request) for request in requests])
+        rows = [sampling_row(r.params, r.output_ids, r.thought, r.adjustment) for r in requests]
+        plain = self._runner.sample
+        return choose(logits, rows, vocab_size=self.tokens.vocab_size, plain=plain)
+
+    def _take(self, requests: list[Request], choice: Choice) -> list[Request]:
+        """Appends each request's token; returns those it was the last token of."""
+        done = []
+        rows = zip(requests, choice.tokens, choice.logprobs, choice.top_logprobs, strict=True)
+        for request, token, logprob, top in rows:
+            request.append(token, logprob, top, version=self.policy_version)
+            request.finish_reason = finish_reason(request, self.tokens.eos_token_ids)
+            if request.finish_reason is not None:
+                del self._live[request]
+                self._scheduler.finish(request)
+                done.append(request)
         return done
 
-    def abort(self, request: Request) -> None:
-        """Ends a request at once and frees its slot."""
-        if request.finish_reason is not None:
+    def _recover(self, *, books_are_whole: bool) -> None:
+        """After an error in a step. States are written in place, so running requests start anew."""
+        if books_are_whole:
+            self._scheduler.restart_all()
             return
-        request.finish_reason = "abort"
-        if request in self._waiting:
-            self._waiting.remove(request)
-        else:
-            self._running.remove(request)
-            self._release(request)
+        # New books, in which nothing is cached and everybody waits.
+        self._scheduler = self._new_books(self._scheduler.cache.sizes)
+        self._live = {r: None for r in self._live if r.finish_reason is None}
+        for request in self._live:
+            request.sequence = None
+            self._scheduler.add(request)
+        pools = self._runner.pools
+        pools.release(range(pools.num_pages), range(pools.num_slots))
+
+    def abort(self, request: Request) -> None:
+        """Ends a request and frees its memory."""
+        with self.lock:
+            if request.finish_reason is None:
+                request.finish_reason = "abort"
+                self._live.pop(request, None)
+                self._scheduler.abort(request)
+                self._settle()
 
     def completion(self, request: Request) -> Completion:
         """The tokens of a finished request; text is added by `llm`."""
@@ -151,189 +217,76 @@ class Engine:
         return Completion(
             token_ids=tuple(request.output_ids),
             logprobs=tuple(request.logprobs),
+            top_logprobs=tuple(request.top_logprobs) if request.params.top_logprobs else (),
             forced=tuple(request.forced),
             finish_reason=request.finish_reason,
+            thought_end=request.thought.thought_end,
             num_reasoning_tokens=request.thought.num_tokens,
             num_prompt_tokens=len(request.prompt_ids),
             cached_tokens=request.num_cached,
-            policy_version=request.policy_version,
+            policy_versions=tuple(request.policy_versions),
         )
 
     def check_integrity(self) -> None:
-        """Asserts that each slot is free, running or a session's, and holds what it should."""
-        if self._cache is None:
-            assert not self._running and not self._sessions
+        """Asserts that every page and slot is free, a running sequence's or a cached prefix's."""
+        if not self._is_open:
+            assert not self._live
             return
-        slots = [*self._free, *(slot for slot, _ in self._sessions.values())]
-        slots += [request.slot for request in self._running if request.slot is not None]
-        assert sorted(slots) == list(range(self._cache.num_slots)), f"slots in use: {sorted(slots)}"
-        for slot, cached in self._sessions.values():
-            assert self._cache.lengths[slot] == len(cached)
-        for request in self._running:
-            assert request.slot is not None and request.finish_reason is None
-            # The newest token is run in the next step.
-            assert self._cache.lengths[request.slot] == len(request.token_ids) - 1
+        scheduler = self._scheduler
+        assert {*scheduler.waiting, *scheduler.running} == set(self._live)
+        assert all(request.finish_reason is None for request in self._live)
+        scheduler.check_integrity()
 
-    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Copies new weights in by name and forgets every cached sequence. Nothing may be running.
+    def load_weights(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        version: int,
+        in_flight: InFlight = "recompute",
+    ) -> None:
+        """Copies new weights in by name and forgets every cached prefix.
 
-        Tensors that are the model's own storage are not copied, so a trainer may share its model.
+        Requests in flight keep their tokens. "recompute" builds their caches anew under the new
+        weights; "keep" lets them go on with the caches they have, which costs nothing and mixes the
+        two. All names and shapes are checked before anything is copied. Tensors that are the
+        model's own storage are not copied, so a trainer may share its model.
         """
-        if self.has_work:
-            raise RuntimeError("load_weights while requests run; finish or abort them first")
-        self._free += [slot for slot, _ in self._sessions.values()]
-        self._sessions.clear()
+        if in_flight not in ("recompute", "keep"):
+            raise ValueError(f"in_flight is {in_flight!r}; allowed are recompute, keep")
+        tensors = list(tensors)
         own = dict(self.model.named_parameters())
-        with torch.no_grad():
+        for name, tensor in tensors:
+            if name not in own:
+                raise ValueError(f"unknown weight {name!r}")
+            if own[name].shape != tensor.shape:
+                raise ValueError(
+                    f"weight {name} has shape {[*tensor.shape]}; expected {[*own[name].shape]}"
+                )
+        with self.lock, torch.no_grad():
+            if self._is_open:
+                if in_flight == "recompute":
+                    self._scheduler.restart_all()
+                # The cache knows which sequences began before, and never remembers those.
+                self._scheduler.cache.clear()
+                self._settle()
             for name, tensor in tensors:
-                if name not in own:
-                    raise ValueError(f"unknown weight {name!r}")
-                if own[name].shape != tensor.shape:
-                    raise ValueError(
-                        f"weight {name} has shape {[*tensor.shape]}; expected {[*own[name].shape]}"
-                    )
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
-        self.policy_version = version
+            self.policy_version = version
+            if self._is_open:
+                self._runner.weights_changed()
 
-    def _admit(self) -> list[Request]:
-        if not self._waiting:
-            return []
-        if self._cache is None:
-            self._cache = HybridCache(
-                self.model.config, 0, dtype=self.model.dtype, device=self.model.device
-            )
-        # Low slots first: those of a fresh batch then lie side by side and need no gathering.
-        self._free.sort(reverse=True)
-        admitted: list[Request] = []
-        while self._waiting:
-            slot = self._slot_for(self._waiting[0])
-            if slot is None:
-                break
-            request = self._waiting.popleft()
-            request.slot = slot
-            request.policy_version = self.policy_version
-            admitted.append(request)
-        self._running += admitted
-        return admitted
 
-    def _slot_for(self, request: Request) -> int | None:
-        assert self._cache is not None
-        if request.session in self._sessions:
-            slot, cached = self._sessions.pop(request.session)
-            prompt = request.prompt_ids
-            if len(cached) < len(prompt) and prompt[: len(cached)] == cached:
-                request.num_cached = len(cached)
-                return slot
-            self._free.append(slot)
-        if not self._free:
-            self._make_free_slots()
-        if not self._free:
-            return None
-        slot = self._free.pop()
-        self._cache.reset(slot)
-        return slot
+def sequence_of(request: Request) -> CachedSequence:
+    assert request.sequence is not None
+    return request.sequence
 
-    def _make_free_slots(self) -> None:
-        """Adds slots while that is allowed, else forgets the session used longest ago."""
-        assert self._cache is not None
-        before = self._cache.num_slots
-        wanted = min(self.config.max_num_seqs, max(2 * before, len(self._waiting)))
-        if wanted > before:
-            self._cache.add_slots(wanted - before)
-            self._free = list(range(wanted - 1, before - 1, -1))
-        elif self._sessions:
-            _, (oldest, _) = self._sessions.popitem(last=False)
-            self._free.append(oldest)
 
-    def _release(self, request: Request) -> None:
-        assert request.slot is not None
-        if request.session is not None and request.finish_reason != "abort":
-            if request.session in self._sessions:
-                # Two requests of one session ran side by side; the later one stays.
-                self._free.append(self._sessions.pop(request.session)[0])
-            # The newest token was sampled but never run, so it is not in the cache.
-            self._sessions[request.session] = (request.slot, request.token_ids[:-1])
-        else:
-            self._free.append(request.slot)
-        request.slot = None
+def _make_runner(model: M1ForCausalLM, pools: CachePools, kernels: Kernels) -> Runner:
+    from openm1.engine.cpu_runner import CpuRunner, unsupported
 
-    def _prefill(self, requests: list[Request]) -> Tensor:
-        """Logits [S, V] after each prompt; equal prompts are computed once, their slots copied."""
-        assert self._cache is not None
-        equal: dict[tuple[int, ...], list[Request]] = {}
-        for request in requests:
-            equal.setdefault(tuple(request.prompt_ids), []).append(request)
-        # The one with most of its prompt in the cache leads.
-        groups = [sorted(group, key=lambda r: -r.num_cached) for group in equal.values()]
-        rows = self._prefill_rows([group[0] for group in groups])
-        index: dict[Request, int] = {}
-        for row, group in enumerate(groups):
-            source, *targets = [request.slot for request in group]
-            assert source is not None
-            self._cache.fork(source, [slot for slot in targets if slot is not None])
-            index.update(dict.fromkeys(group, row))
-        return rows[[index[request] for request in requests]]
-
-    def _prefill_rows(self, requests: list[Request]) -> Tensor:
-        last: dict[int, Tensor] = {}
-        left = [(row, request, request.num_cached) for row, request in enumerate(requests)]
-        while left:
-            budget, batch, later = self.config.max_prefill_tokens, [], []
-            for row, request, done in left:
-                take = min(budget, len(request.prompt_ids) - done)
-                if take:
-                    batch.append((row, request, done, take))
-                    budget -= take
-                if done + take < len(request.prompt_ids):
-                    later.append((row, request, done + take))
-            pieces = [request.prompt_ids[done : done + take] for _, request, done, take in batch]
-            hidden = self._run(
-                [token for piece in pieces for token in piece],
-                [request.slot for _, request, _, _ in batch],
-                [len(piece) for piece in pieces],
-            )
-            last.update({row: hidden[n] for n, (row, *_) in enumerate(batch)})
-            left = later
-        return self.model.logits(torch.stack([last[row] for row in range(len(requests))]))
-
-    def _decode(self) -> Tensor:
-        ids = [request.output_ids[-1] for request in self._running]
-        slots = [request.slot for request in self._running]
-        return self.model.logits(self._run(ids, slots, [1] * len(ids)))
-
-    def _run(self, ids: list[int], slots: list[int | None], new_tokens: list[int]) -> Tensor:
-        """Hidden states [S, C] after the last new token of each slot."""
-        assert self._cache is not None
-        device = self.model.device
-        layout = PackedLayout(new_tokens, device)
-        view = CacheView(self._cache, [s for s in slots if s is not None], new_tokens)
-        hidden = self.model.model(torch.tensor(ids, device=device), layout, view).hidden
-        return hidden.index_select(0, layout.last_tokens)
-
-    def _sample(self, requests: list[Request], logits: Tensor) -> None:
-        logits[:, self.tokens.vocab_size :] = -torch.inf
-        params = [request.params for request in requests]
-        device = logits.device
-        temperature = torch.tensor(
-            [p.temperature for p in params], dtype=torch.float64, device=device
-        )
-        chosen = sample(
-            logits,
-            temperature,
-            torch.tensor([p.top_k for p in params], device=device),
-            torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
-            uniforms([p.seed or 0 for p in params], [len(r.output_ids) for r in requests]),
-        )
-        forced = [request.thought.forced for request in requests]
-        for row, token in enumerate(forced):
-            if token is not None:
-                chosen[row] = token
-        logprobs = token_logprobs(logits, temperature, chosen).tolist()
-        rows = zip(requests, chosen.tolist(), logprobs, forced, strict=True)
-        for request, token, logprob, force in rows:
-            request.output_ids.append(token)
-            request.logprobs.append(logprob)
-            request.forced.append(force is not None)
-            request.thought.observe(token)
-            request.finish_reason = finish_reason(request, self.tokens.eos_token_ids)
+    # A subclass may compute something else than the fused loops do.
+    if kernels == "auto":
+        plain = type(model) is M1ForCausalLM
+        kernels = "cpu" if plain and unsupported(model) is None else "torch"
+    return CpuRunner(model, pools) if kernels == "cpu" else TorchRunner(model, pools)

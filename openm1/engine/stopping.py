@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 from openm1.chat.thinking import ThoughtSplitter, partial_suffix
 from openm1.chat.tokenizer import StreamDecoder, Tokenizer
-from openm1.engine.request import Request
 from openm1.types import FinishReason
+
+if TYPE_CHECKING:
+    from openm1.engine.request import Request
+
+
+class RepetitionRun:
+    """Counts tokens in a row that the model was all but sure of, as it is of a loop it is caught in
+    (MiniMax-M1 report, section on early truncation by repetition).
+    """
+
+    def __init__(self, num_tokens: int, probability: float) -> None:
+        """Reached by `num_tokens` sampled tokens in a row above `probability`; 0 is never."""
+        self._wanted = num_tokens
+        self._threshold = math.log(probability) if probability > 0 else -math.inf
+        self._length = 0
+        self.reached = False
+
+    def observe(self, logprob: float, *, forced: bool) -> None:
+        """Takes the next token. A forced one ends the run, as what follows is a fresh start."""
+        self._length = 0 if forced or logprob <= self._threshold else self._length + 1
+        self.reached = 0 < self._wanted <= self._length
 
 
 def finish_reason(request: Request, eos_token_ids: frozenset[int]) -> FinishReason | None:
-    """Looks at the newest token: end of sentence, stop token, stop string, length; else None."""
+    """Why the newest token is the last, if it is.
+
+    An end of sentence, a stop token or a stop string come before repetition, that before length.
+    """
     params, token = request.params, request.output_ids[-1]
     if token in eos_token_ids and not params.ignore_eos:
         return "stop"
@@ -17,6 +43,8 @@ def finish_reason(request: Request, eos_token_ids: frozenset[int]) -> FinishReas
         return "stop"
     if request.completes_stop is not None and request.completes_stop(token):
         return "stop"
+    if request.repetition.reached:
+        return "repetition"
     if len(request.output_ids) >= params.max_tokens:
         return "length"
     return None

@@ -60,5 +60,5 @@ def task_metrics(rollouts: Sequence[Rollout]) -> TaskMetrics:
         majority_accuracy=majority_accuracy([rollout.task for rollout in rollouts]),
         mean_reasoning_tokens=sum(c.num_reasoning_tokens for c in completions) / count,
         mean_completion_tokens=sum(r.num_completion_tokens for r in rollouts) / count,
-        cut_share=sum(c.finish_reason == "length" for c in completions) / count,
+        cut_share=sum(c.finish_reason in ("length", "repetition") for c in completions) / count,
     )

@@ -373,7 +373,7 @@ PRESETS: dict[str, M1Config] = {
         num_hidden_layers=8,
         num_attention_heads=8,
         period=4,
-        max_position_embeddings=65_536,
+        max_position_embeddings=10_240_000,
         eos_token_id=399,
     ),
     "m1-40k": M1_40K,

@@ -1,12 +1,14 @@
-"""Llama-type models from a .gguf file, dequantised tensor by tensor.
+"""Models from a .gguf file, dequantised tensor by tensor: `minimax-01`, or Llama-type.
 
 Source: the GGUF specification of the ggml project, and the row order its converter gives to the
-query and key matrices of this architecture.
+query and key matrices of Llama-type models. `gguf_minimax` says what is in files of the other kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +17,10 @@ import torch
 from torch import Tensor
 
 from openm1.common.device import parse_dtype
+from openm1.model import gguf_minimax
 from openm1.model.config import M1Config
-from openm1.model.names import check_tensors, file_tensors
+from openm1.model.gguf_minimax import Folding
+from openm1.model.names import Index, check_tensors, file_tensors
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -69,6 +73,7 @@ _TOKENIZER_KEYS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",
     "chat_template": "tokenizer.chat_template",
+    "huggingface_json": "tokenizer.huggingface.json",
 }
 
 
@@ -79,7 +84,8 @@ def load_gguf(
     dtype: str | torch.dtype = "float32",
     device: torch.device | str = "cpu",
 ) -> M1ForCausalLM:
-    """A Llama-type model as a degenerate M1: all softmax, one expert, pre-norm.
+    """A `minimax-01` model, or a Llama-type one as a degenerate M1: all softmax, one expert,
+    pre-norm.
 
     Raises ValueError for another architecture or a feature this model lacks, CheckpointMismatch
     for tensors that are missing, unexpected or misshapen.
@@ -89,23 +95,20 @@ def load_gguf(
 
     reader = _open(path)
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    config, shapes = _read_config(reader, path)
+    config, folding, shapes = _read_config(reader, path)
     model = model_class(config, dtype=parse_dtype(dtype), device="meta")
-    wanted = {_gguf_name(name): tensor for name, tensor in file_tensors(model, "llama").items()}
-    check_tensors(path, {name: t.shape for name, t in wanted.items()}, shapes, config)
+    wanted = _llama_tensors(model) if folding is None else _minimax_tensors(model, folding)
+    copies = _derived(config)
+    present = {name: shape for name, shape in shapes.items() if name not in copies}
+    check_tensors(path, {name: t.shape for name, t in wanted.items()}, present, config)
     model.to_empty(device=device)
     parameters = dict(model.named_parameters())
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     with torch.no_grad():
         for name, tensor in wanted.items():
             array = dequantize(stored[name].data, stored[name].tensor_type)
             # What is stored in fp32 comes as a view of the read-only file.
             values = torch.from_numpy(np.require(array, requirements="W"))
-            kind = name.split(".")[-2]
-            if kind in heads:
-                values = halves_from_pairs(values, heads[kind])
-            (piece,) = tensor.pieces
-            parameters[piece.parameter][piece.target].copy_(values)
+            parameters[tensor.parameter][tensor.target].copy_(tensor.read(values))
     return model
 
 
@@ -114,19 +117,68 @@ def gguf_config(path: str | Path) -> M1Config:
     return _read_config(_open(path), path)[0]
 
 
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """parameter[target] is read(the dequantised tensor)."""
+
+    shape: tuple[int, ...]
+    parameter: str
+    target: Index
+    read: Callable[[Tensor], Tensor]
+
+
+def _llama_tensors(model: M1ForCausalLM) -> dict[str, _Stored]:
+    config = model.config
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    tensors = {}
+    for name, tensor in file_tensors(model, "llama").items():
+        theirs = _gguf_name(name)
+        (piece,) = tensor.pieces
+        num_heads = heads.get(theirs.split(".")[-2])
+        read = partial(halves_from_pairs, num_heads=num_heads) if num_heads else _as_is
+        tensors[theirs] = _Stored(tensor.shape, piece.parameter, piece.target, read)
+    return tensors
+
+
+def _minimax_tensors(model: M1ForCausalLM, folding: Folding) -> dict[str, _Stored]:
+    return {
+        gguf_minimax.gguf_name(name): _Stored(
+            tuple(value.shape), name, (), partial(torch.div, other=folding.factor(name))
+        )
+        for name, value in model.named_parameters()
+    }
+
+
+def _as_is(values: Tensor) -> Tensor:
+    return values
+
+
+def _derived(config: M1Config) -> set[str]:
+    """What a `minimax-01` file holds for llama.cpp's sake: a router of one expert, a tied head."""
+    if config.num_local_experts > 1 and not config.tie_word_embeddings:
+        return set()
+    names = {"output.weight"} if config.tie_word_embeddings else set()
+    if config.num_local_experts == 1:
+        names |= {f"blk.{layer}.ffn_gate_inp.weight" for layer in range(config.num_hidden_layers)}
+    return names
+
+
 def _read_config(
     reader: GGUFReader, path: str | Path
-) -> tuple[M1Config, dict[str, tuple[int, ...]]]:
+) -> tuple[M1Config, Folding | None, dict[str, tuple[int, ...]]]:
+    """None in place of the folding says that the file is Llama-type."""
     fields = {name: field.contents() for name, field in _small_fields(reader).items()}
     shapes = {t.name: tuple(int(n) for n in t.shape[::-1]) for t in reader.tensors}
-    return _config(fields, shapes, path), shapes
+    if fields.get("general.architecture") == gguf_minimax.ARCHITECTURE:
+        return (*gguf_minimax.read_config(fields, shapes, str(path)), shapes)
+    return _config(fields, shapes, path), None, shapes
 
 
 def read_gguf_tokenizer_fields(path: str | Path) -> dict[str, Any]:
     """The tokenizer in plain lists, strings and numbers; None for what the file does not say.
 
     Keys: tokens, merges ("left right"), token_types (1 normal, 3 control, 4 user-defined), model,
-    pre, bos_token_id, eos_token_id, chat_template.
+    pre, bos_token_id, eos_token_id, chat_template, huggingface_json (a whole tokenizer.json).
     """
     reader = _open(path)
     return {
@@ -163,7 +215,8 @@ def _open(path: str | Path) -> GGUFReader:
 
 def _small_fields(reader: GGUFReader) -> dict[str, Any]:
     """Without the vocabulary, which takes long to unpack."""
-    tables = {_TOKENIZER_KEYS[name] for name in ("tokens", "merges", "token_types")}
+    large = ("tokens", "merges", "token_types", "huggingface_json")
+    tables = {_TOKENIZER_KEYS[name] for name in large}
     return {name: field for name, field in reader.fields.items() if name not in tables}
 
 
@@ -182,7 +235,8 @@ def _config(
     architecture = fields.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise ValueError(
-            f"{path} has general.architecture {architecture!r}; allowed is {ARCHITECTURE!r}"
+            f"{path} has general.architecture {architecture!r}; allowed are "
+            f"{ARCHITECTURE!r}, {gguf_minimax.ARCHITECTURE!r}"
         )
     prefix = f"{ARCHITECTURE}."
     settings = {n.removeprefix(prefix): v for n, v in fields.items() if n.startswith(prefix)}

@@ -26,7 +26,8 @@ class M1Output:
     hidden: Float[Tensor, "T C"]
     """After the final norm, in the model's dtype."""
     aux_loss: Tensor
-    """Mean over layers of the experts' balance loss, before its coefficient."""
+    """Mean over layers of the experts' balance loss, before its coefficient. It is for training:
+    0 where gradients are off."""
 
 
 class DecoderLayer(nn.Module):
@@ -96,19 +97,13 @@ class M1Model(nn.Module):
     def forward(
         self, input_ids: Int[Tensor, " T"], layout: PackedLayout, cache: CacheView | None = None
     ) -> M1Output:
-        positions = layout.positions
-        if cache is not None:
-            past = torch.tensor(cache.past, device=input_ids.device)
-            lengths = torch.tensor(layout.lengths, device=input_ids.device)
-            positions = positions + torch.repeat_interleave(past, lengths)
+        positions = layout.positions if cache is None else cache.positions
         rope = rope_tables(positions, self.config.rotary_dim, self.config.rope_theta)
         hidden = self.embed_tokens(input_ids)
         losses = []
         for layer in self.layers:
             hidden, loss = layer(hidden, layout, rope, cache)
             losses.append(loss)
-        if cache is not None:
-            cache.commit()
         return M1Output(self.norm(hidden), torch.stack(losses).mean())
 
 

@@ -29,6 +29,10 @@ class Experts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(experts, width, size))
         self.w2 = nn.Parameter(torch.empty(experts, size, width))
 
+    def whole(self) -> list[Tensor]:
+        """w1, w3 and w2, each as one tensor also where they are kept in int8."""
+        return [w if isinstance(w, Tensor) else w.full() for w in (self.w1, self.w3, self.w2)]
+
 
 class MoE(nn.Module):
     """Router in fp32: softmax over all experts, top K, renormalised to sum 1.
@@ -46,10 +50,13 @@ class MoE(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, x: Float[Tensor, "T C"]) -> tuple[Float[Tensor, "T C"], Tensor]:
-        """The mixed output and the auxiliary loss (a scalar, not yet scaled by its coefficient)."""
+        """The mixed output and the auxiliary loss (a scalar, not yet scaled by its coefficient).
+
+        Where gradients are off the loss is not computed, and 0.
+        """
+        no_loss = x.new_zeros((), dtype=torch.float32)
         if self.config.num_local_experts == 1:
-            ones = x.new_ones(len(x), 1)
-            return experts_dense(x, ones, self.experts), x.new_zeros((), dtype=torch.float32)
+            return experts_dense(x, x.new_ones(len(x), 1), self.experts), no_loss
         probs = linear_fp32(x, self.gate.weight).softmax(-1)  # [T, E]
         weights, chosen = probs.topk(self.config.num_experts_per_tok, -1)
         weights = weights / weights.sum(-1, keepdim=True)
@@ -58,7 +65,7 @@ class MoE(nn.Module):
             out = experts_dense(x, gates, self.experts)
         else:
             out = experts_sorted(x, weights, chosen, self.experts)
-        return out, balance_loss(probs, chosen)
+        return out, balance_loss(probs, chosen) if torch.is_grad_enabled() else no_loss
 
     def _dense_is_faster(self, num_tokens: int) -> bool:
         cost = 3 * self.experts.w1.numel()
@@ -69,9 +76,10 @@ def experts_dense(
     x: Float[Tensor, "T C"], gates: Float[Tensor, "T E"], experts: Experts
 ) -> Float[Tensor, "T C"]:
     """All experts as one wide SwiGLU, the unchosen ones' activations multiplied by a gate of 0."""
-    hidden = F.silu(F.linear(x, experts.w1.flatten(0, 1))) * F.linear(x, experts.w3.flatten(0, 1))
+    w1, w3, w2 = experts.whole()
+    hidden = F.silu(F.linear(x, w1.flatten(0, 1))) * F.linear(x, w3.flatten(0, 1))
     hidden = hidden.unflatten(-1, gates.shape[1:] + (-1,)) * gates.to(x.dtype)[..., None]
-    return F.linear(hidden.flatten(1), experts.w2.transpose(0, 1).flatten(1))
+    return F.linear(hidden.flatten(1), w2.transpose(0, 1).flatten(1))
 
 
 def experts_sorted(
@@ -81,17 +89,25 @@ def experts_sorted(
     experts: Experts,
 ) -> Float[Tensor, "T C"]:
     """Tokens sorted by expert, one product per expert over its own rows."""
+    num_choices = chosen.shape[1]
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
-    tokens = order // chosen.shape[1]
     counts = torch.bincount(flat, minlength=len(experts.w1)).tolist()
     outputs = []
-    for e, rows in enumerate(x.index_select(0, tokens).split(counts)):
+    for e, rows in enumerate(x.index_select(0, order // num_choices).split(counts)):
         if len(rows):
             hidden = F.silu(rows @ experts.w1[e].T) * (rows @ experts.w3[e].T)
             outputs.append(hidden @ experts.w2[e].T)
-    scaled = torch.cat(outputs) * weights.flatten()[order, None].to(x.dtype)
-    return torch.zeros_like(x).index_add(0, tokens, scaled)
+    by_expert = torch.cat(outputs)
+    # Where each token's choices went; to fetch them is quicker than to add them up in place.
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=x.device)
+    shares = weights.to(x.dtype)
+    out = torch.zeros_like(x)
+    for k in range(num_choices):
+        chosen_rows = by_expert.index_select(0, places[k::num_choices])
+        out = torch.addcmul(out, chosen_rows, shares[:, k, None])
+    return out
 
 
 def balance_loss(probs: Float[Tensor, "T E"], chosen: Int[Tensor, "T K"]) -> Tensor:

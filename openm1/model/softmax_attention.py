@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from openm1.kernels.packing import PackedLayout
+from openm1.kernels.paged_attention import paged_decode_attention, paged_prefill_attention
 from openm1.model.cache import CacheView
 from openm1.model.config import M1Config
 from openm1.model.layers import Linear
 from openm1.model.rope import apply_rope
+
+# Short new sequences are attended to side by side by torch's own operator: what it is slower by is
+# less than what a call for each of them takes.
+PACKED_MAX_TOKENS = 512
 
 
 class SoftmaxAttention(nn.Module):
@@ -41,25 +44,24 @@ class SoftmaxAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, dim))
         if cache is None:
             out = attend_packed(q, k, v, layout)
-        elif cache.is_decode:
-            cache.append_one(self.layer, k, v)
-            out = attend_decode(q, *cache.padded_context(self.layer))
         else:
-            out = self._prefill(q, k, v, layout, cache)
+            cache.append(self.layer, k, v)
+            if cache.is_decode:
+                pages = cache.pages(self.layer)
+                out = paged_decode_attention(q, *pages, *cache.padded_page_tables())
+            elif max(cache.past) == 0 and max(layout.lengths) <= PACKED_MAX_TOKENS:
+                out = attend_packed(q, k, v, layout)
+            else:
+                out = self._attend_pages(q, layout, cache)
         return self.o_proj(out.flatten(1))
 
-    def _prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, cache: CacheView
-    ) -> Tensor:
-        for row, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
-            cache.append(self.layer, row, k[start : start + length], v[start : start + length])
-        if max(cache.past) == 0:
-            return attend_packed(q, k, v, layout)
+    def _attend_pages(self, q: Tensor, layout: PackedLayout, cache: CacheView) -> Tensor:
+        """Each sequence on its own, over its past and itself."""
         outputs = []
-        for row, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
-            keys, values = cache.context(self.layer, row)
-            outputs.append(attend_continued(q[start : start + length], keys, values))
-        return torch.cat(outputs)
+        for row, rows in enumerate(q.split(layout.lengths)):
+            table, past = cache.page_table(row), cache.past[row]
+            outputs.append(paged_prefill_attention(rows, *cache.pages(self.layer), table, past))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def attend_packed(
@@ -85,31 +87,3 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     repeats = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeats, 2).transpose(1, 2) for x in (k, v))
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True).transpose(1, 2)
-
-
-def attend_continued(
-    q: Float[Tensor, "t H D"], keys: Float[Tensor, "L G D"], values: Float[Tensor, "L G D"]
-) -> Float[Tensor, "t H D"]:
-    """The last t positions of a sequence of L attend to all before them and to themselves."""
-    new, total = len(q), len(keys)
-    seen = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
-    repeats = q.shape[1] // keys.shape[1]
-    keys, values = (x.repeat_interleave(repeats, 1).transpose(0, 1) for x in (keys, values))
-    out = F.scaled_dot_product_attention(q.transpose(0, 1), keys, values, attn_mask=seen)
-    return out.transpose(0, 1)
-
-
-def attend_decode(
-    q: Float[Tensor, "S H D"],
-    keys: Float[Tensor, "S L G D"],
-    values: Float[Tensor, "S L G D"],
-    seen: Tensor,
-) -> Float[Tensor, "S H D"]:
-    """One query per sequence over its own keys; `seen` [S, L] marks the real ones."""
-    groups = keys.shape[2]
-    work = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.unflatten(1, (groups, -1))  # [S, G, H/G, D]
-    scores = torch.einsum("sgrd,slgd->sgrl", grouped, keys).to(work) / math.sqrt(q.shape[-1])
-    scores = scores.masked_fill(~seen[:, None, None, :], -torch.inf)
-    weights = scores.softmax(-1).to(q.dtype)
-    return torch.einsum("sgrl,slgd->sgrd", weights, values).flatten(1, 2)

@@ -48,7 +48,7 @@ class ModelShape:
             intermediate_size=self.intermediate_size,
             period=self.softmax_period,
             num_local_experts=self.num_local_experts,
-            max_position_embeddings=65_536,
+            max_position_embeddings=10_240_000,
             eos_token_id=tokenizer.eos_token_id,
         )
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from openm1.chat.template import chat_format_for
 from openm1.chat.tokenizer import Tokenizer
-from openm1.engine.client import EnginePolicy
-from openm1.engine.engine import EngineConfig
+from openm1.engine.config import EngineConfig
 from openm1.engine.llm import LLM
 from openm1.envs.mixture import Mixture
 from openm1.model.m1 import M1ForCausalLM
@@ -29,7 +28,7 @@ def train_rl_locally(
 ) -> Path:
     """`train_rl` on one machine; returns the last checkpoint."""
     llm = LLM(model, tokenizer=tokenizer, config=EngineConfig(max_num_seqs=max_num_seqs))
-    policy = EnginePolicy(llm.engine)
+    policy = llm.policy
     return asyncio.run(
         train_rl(
             model,

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from openm1.types import RolloutGroup
 
+CUT = ("length", "repetition")
+"""Why a reply ends before the policy ends it."""
+
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """Reward and length over all rollouts of a step, the groups without signal included."""
@@ -16,7 +19,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     good = [rollout for rollout in rollouts if rollout.error is None]
     lengths = torch.tensor([float(r.num_completion_tokens) for r in good])
     rewards = torch.tensor([float(r.reward or 0.0) for r in good])
-    cut = [r.turns[-1].completion.finish_reason == "length" for r in good]
+    cut = [r.turns[-1].completion.finish_reason in CUT for r in good]
     return {
         "rollout/reward": float(rewards.mean()),
         "rollout/length_mean_tokens": float(lengths.mean()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -169,7 +170,9 @@ def test_flags_have_one_form(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main([command, "--help"])
         out = capsys.readouterr().out
-        assert "--json" in out and "--no-" not in out and "_" not in out.split("options")[-1]
+        # To be without thinking is what that flag changes.
+        negated = out.replace("--no-thinking", "")
+        assert "--json" in out and "--no-" not in negated and "_" not in out.split("options")[-1]
 
 
 def test_generate_prints_prompt_and_text(
@@ -196,6 +199,91 @@ def test_stop_may_be_given_before_the_prompt_and_twice(
     ((cut,),) = json.loads(run(capsys, *free, "--stop", "never", "--stop", stop, "ab"))
     assert cut["text"] == whole["text"][: whole["text"].index(stop)]
     assert cut["finish_reason"] == "stop"
+
+
+def test_prompts_may_come_from_files(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "long.txt").write_text("cd" * 300)
+    base = ("generate", "--model", checkpoint, "--max-tokens", 4, "--seed", 1, "--json")
+    files = ("--prompt-file", tmp_path / "long.txt")
+    (first,), (second,) = json.loads(run(capsys, *base, "ab", *files))
+    assert (first["num_prompt_tokens"], second["num_prompt_tokens"]) == (2, 600)
+    ((alone,),) = json.loads(run(capsys, *base, *files))
+    assert alone["token_ids"] == second["token_ids"]
+    assert alone["policy_versions"] == [0] * 4 and alone["cached_tokens"] == 0
+    assert alone["finish_reason"] == "length" and alone["thought_end"] is None
+    assert "missing.txt" in refused(capsys, *base, "--prompt-file", tmp_path / "missing.txt")
+
+
+def test_the_engine_has_limits_and_kernels(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path
+) -> None:
+    base = ("generate", "ab", "--model", checkpoint, "--max-tokens", 4, "--json")
+    free = run(capsys, *base, "--kernels", "torch")
+    assert run(capsys, *base, "--kernels", "torch", "--memory-budget", "1 MiB") == free
+    assert "memory budget" in refused(
+        capsys, *base[:-3], "--max-tokens", 2000, "--memory-budget", "20KB", "--kernels", "torch"
+    )
+    assert "size is 'much'" in refused(capsys, *base, "--memory-budget", "much")
+
+
+def test_thinking_off_and_the_grace_reach_the_engine(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path
+) -> None:
+    base = ("generate", "a<think>", "--model", checkpoint, "--max-tokens", 9, "--json")
+    ((off,),) = json.loads(run(capsys, *base, "--no-thinking"))
+    assert off["thought_end"] == "off" and off["reasoning"] == ""
+    budget = ("--thinking-budget", 3, "--thinking-grace", 2)
+    ((cut,),) = json.loads(run(capsys, *base, *budget))
+    assert cut["thought_end"] == "budget" and 3 <= cut["num_reasoning_tokens"] <= 5
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_ctrl_c_ends_with_130_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys, checkpoint: Path, command: str
+) -> None:
+    from openm1.engine.engine import Engine
+
+    engines = []
+
+    def interrupt(self: Engine) -> list:
+        engines.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "step", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main([command, "why?", "--model", str(checkpoint), "--kernels", "torch"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.splitlines() == ["openm1: interrupted"]
+    assert engines and not engines[0].has_work
+    assert engines[0].memory.in_use_bytes == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_long_prefill_returns_at_once(checkpoint: Path, tmp_path: Path) -> None:
+    """A real signal to a real process, which dies of nothing else."""
+    (tmp_path / "long.txt").write_text("cd" * 900)
+    code = (
+        "import sys, openm1.engine.engine as e\n"
+        "step = e.Engine.step\n"
+        "def tell(self):\n    print('step', flush=True); return step(self)\n"
+        "e.Engine.step = tell\n"
+        "from openm1.cli.main import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    files = ("--prompt-file", tmp_path / "long.txt", "--model", checkpoint, "--max-tokens", 200)
+    arguments = ("generate", *files, "--ignore-eos", "--n", 64, "--kernels", "torch")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "step\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err.splitlines() == ["openm1: interrupted"]
 
 
 def test_convert_there_and_back(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -9,8 +11,8 @@ import torch
 from torch import Tensor
 
 from openm1.chat.tokenizer import Tokenizer, build_tokenizer
-from openm1.engine.engine import EngineConfig
-from openm1.engine.llm import LLM
+from openm1.engine.config import EngineConfig
+from openm1.engine.llm import LLM, Progress
 from openm1.model.m1 import M1ForCausalLM
 from openm1.types import Completion, Message, SamplingParams, ToolCall
 
@@ -45,8 +47,9 @@ class LettersModel(M1ForCausalLM):
         return only
 
 
-def letters(**config: int) -> LLM:
+def letters(**config) -> LLM:
     model = LettersModel(hybrid_config(vocab_size=VOCAB), dtype=torch.float64, seed=1)
+    config = {"page_tokens": 8, "memory_budget_bytes": 2**23} | config
     return LLM(model, tokenizer=NANO, config=EngineConfig(**config))
 
 
@@ -101,6 +104,49 @@ def test_a_thinking_budget_is_kept(tokenizer: Tokenizer, budget: int, thought: s
 
 
 @TOKENIZERS
+@pytest.mark.parametrize("thought", ["abcdefgh" * 20, "ab. cd\n" * 20, "x" * 11 + "." + "y" * 90])
+def test_the_law_of_the_budget_with_and_without_streaming(tokenizer: Tokenizer, thought) -> None:
+    """Never more than the budget and its grace, and the answer always follows."""
+    llm = scripted("<think>" + thought, tokenizer)
+    closing = tokenizer.encode("</think>", allow_special=True)
+    for budget, grace in [(0, 0), (5, 0), (5, 3), (12, 6), (20, 40), (64, None), (0, 9)]:
+        params = SamplingParams(
+            max_tokens=150, temperature=0.0, thinking_budget=budget, thinking_grace=grace
+        )
+        allowed = budget + (budget // 16 if grace is None else grace if budget else 0)
+        *pieces, streamed = llm.stream_chat([HELLO], params)
+        ((whole,),) = llm.generate([llm.chat_format.encode([HELLO])], params)
+        assert isinstance(streamed, Completion)
+        assert streamed.token_ids == whole.token_ids
+        for reply in (streamed, whole):
+            assert budget <= reply.num_reasoning_tokens <= allowed
+            assert reply.thought_end == "budget" and reply.text
+            written = [t for t, f in zip(reply.token_ids, reply.forced, strict=True) if f]
+            assert written[-len(closing) :] == closing
+        assert "".join(text for part, text in pieces if part == "reasoning") == whole.reasoning
+        assert "".join(text for part, text in pieces if part == "answer") == whole.text
+
+
+def test_the_landing_message_can_be_chosen() -> None:
+    assert NANO.eos_token_id is not None
+    ids = NANO.encode("<think>" + "ab" * 90, allow_special=True)
+    model = ScriptedModel(hybrid_config(vocab_size=VOCAB), ids, NANO.eos_token_id)
+    llm = LLM(model, tokenizer=NANO, thinking_message=" Enough!")
+    params = SamplingParams(max_tokens=60, temperature=0.0, thinking_budget=10, thinking_grace=16)
+    ((reply,),) = llm.generate("x", params)
+    assert reply.reasoning is not None and reply.reasoning.endswith(" Enough!")
+    assert reply.num_reasoning_tokens <= 26
+
+
+def test_thinking_off_answers_at_once() -> None:
+    llm = scripted("thought</think>answer")
+    params = SamplingParams(max_tokens=60, temperature=0.0, thinking=False)
+    ((reply,),) = llm.generate("x<think>", params)
+    assert (reply.reasoning, reply.thought_end) == ("", "off")
+    assert reply.forced[0] and not any(reply.forced[1:])
+
+
+@TOKENIZERS
 def test_a_thought_within_its_budget_is_left_alone(tokenizer: Tokenizer) -> None:
     llm = scripted("<think>abc</think>d", tokenizer)
     # Of a marker that is text, a part may count until it is whole.
@@ -148,7 +194,8 @@ def test_several_samples_of_a_prompt() -> None:
     params = SamplingParams(max_tokens=8, n=5, seed=3)
     prompt = [20] * 30
     (group,) = llm.generate([prompt], params)
-    assert sum(counted) == 30 + 5 * 7
+    assert sum(counted) == 29 + 5 * 8
+    assert [c.cached_tokens for c in group] == [0, 29, 29, 29, 29]
     assert len({c.token_ids for c in group}) == 5
     assert texts(llm.generate([prompt], params)) == texts([group])
     assert texts(llm.generate([[21] * 9, prompt], params))[1:] == texts([group])
@@ -165,7 +212,7 @@ def test_without_a_seed_each_run_differs() -> None:
 
 def test_without_a_tokenizer_only_ids_go() -> None:
     model = M1ForCausalLM(hybrid_config(vocab_size=VOCAB, eos_token_id=258), seed=1)
-    llm = LLM(model)
+    llm = LLM(model, config=EngineConfig(kernels="torch"))
     assert llm.engine.tokens.eos_token_ids == {258}
     ((completion,),) = llm.generate([[3, 4]], GREEDY)
     assert completion.token_ids and completion.text == ""
@@ -232,19 +279,55 @@ def test_chat_separates_thought_answer_and_calls() -> None:
         llm.chat([HELLO], SamplingParams(n=2))
 
 
-@pytest.mark.parametrize("session", [None, "talk"])
-def test_a_chats_second_turn_equals_a_cold_start(session: str | None) -> None:
+def test_a_chats_second_turn_equals_a_cold_start_and_computes_what_is_new() -> None:
     llm = letters()
     params = SamplingParams(max_tokens=10, temperature=1.0, seed=5)
     messages = [HELLO]
-    for turn in range(3):
-        warm = llm.chat(messages, params, session=session)
+    before = 0
+    for _ in range(3):
+        warm = llm.chat(messages, params)
         cold = letters().chat(messages, params)
         assert warm.token_ids == cold.token_ids and warm.text == cold.text
         assert warm.logprobs == pytest.approx(cold.logprobs, abs=1e-11)
-        assert (warm.cached_tokens > 0) == (turn > 0 and session is not None)
-        assert warm.cached_tokens < warm.num_prompt_tokens
+        assert warm.cached_tokens == before and cold.cached_tokens == 0
+        # All but the newest token, which was sampled and never run.
+        before = warm.num_prompt_tokens + len(warm.token_ids) - 1
         messages = [*messages, Message(role="assistant", content=warm.text), HELLO]
+
+
+def test_a_turn_that_leaves_out_the_reply_hits_what_came_before_it() -> None:
+    llm = letters()
+    llm.chat([HELLO], GREEDY)
+    so_far = llm.chat_format.encode([HELLO], add_generation_prompt=False)
+    other = llm.chat([HELLO, Message(role="user", content="or not")], GREEDY)
+    assert other.cached_tokens == len(so_far)
+
+
+def test_progress_counts_prompts_once_and_answers_all() -> None:
+    llm = letters(max_step_tokens=16)
+    seen: list[Progress] = []
+    params = SamplingParams(max_tokens=4, n=3, seed=1)
+    llm.generate([[20] * 50, [21] * 9], params, on_progress=seen.append)
+    prompts = [progress.prompt_tokens for progress in seen]
+    answers = [progress.answer_tokens for progress in seen]
+    assert prompts == sorted(prompts) and answers == sorted(answers)
+    assert len(set(prompts)) > 3
+    assert seen[-1] == Progress(
+        prompt_tokens=59, total_prompt_tokens=59, answer_tokens=24, max_answer_tokens=24
+    )
+    seen.clear()
+    list(llm.stream_chat([HELLO], GREEDY, on_progress=seen.append))
+    assert seen[-1].answer_tokens == 12
+
+
+def test_the_policy_is_one_and_knows_the_tokenizer() -> None:
+    llm = letters()
+    assert llm.policy is llm.policy
+    params = SamplingParams(max_tokens=40, temperature=0.0)
+    ((free,),) = llm.generate("x", params)
+    reply = asyncio.run(llm.policy.generate([ord("x")], replace(params, stop=free.text[9])))
+    assert reply.token_ids == free.token_ids[: free.text.index(free.text[9]) + 1]
+    assert reply.finish_reason == "stop" and reply.cached_tokens == 0
 
 
 @TOKENIZERS
@@ -253,7 +336,10 @@ def test_a_stream_joined_is_the_completion(tokenizer: Tokenizer, stop) -> None:
     llm = scripted("<think>\nä b\n</think>\n\none. two", tokenizer)
     params = SamplingParams(max_tokens=60, temperature=0.0, stop=stop)
     *pieces, completion = llm.stream_chat([HELLO], params)
-    assert isinstance(completion, Completion) and completion == llm.chat([HELLO], params)
+    assert isinstance(completion, Completion)
+    again = llm.chat([HELLO], params)
+    assert again.cached_tokens == again.num_prompt_tokens - 1
+    assert completion == replace(again, cached_tokens=0)
     joined = {
         part: "".join(text for kind, text in pieces if kind == part)
         for part in ("reasoning", "answer")
@@ -278,11 +364,11 @@ def test_smollm2_chats_in_its_own_template() -> None:
     llm = LLM("smollm2")
     question = Message(role="user", content="What is the capital of France?")
     params = SamplingParams(max_tokens=24, temperature=0.0)
-    first = llm.chat([question], params, session="talk")
+    first = llm.chat([question], params)
     assert "Paris" in first.text and first.finish_reason == "stop"
     assert "<|im" not in first.text and first.reasoning is None
     messages = [question, Message(role="assistant", content=first.text)]
     messages.append(Message(role="user", content="And of Italy?"))
-    second = llm.chat(messages, params, session="talk")
+    second = llm.chat(messages, params)
     assert second.cached_tokens == first.num_prompt_tokens + len(first.token_ids) - 1
     assert "Rome" in second.text

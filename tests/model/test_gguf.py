@@ -152,7 +152,7 @@ def test_what_is_not_implemented_is_refused(tmp_path: Path) -> None:
     model = random_model(llama_config())
     path = tmp_path / "model.gguf"
     write_gguf(model, path, architecture="qwen2")
-    with pytest.raises(ValueError, match=r"general\.architecture 'qwen2'; allowed is 'llama'"):
+    with pytest.raises(ValueError, match=r"general\.architecture 'qwen2'; allowed are 'llama'"):
         load_gguf(M1ForCausalLM, path)
     write_gguf(model, path, llama__expert_count=8)
     with pytest.raises(ValueError, match=r"llama\.expert_count 8; allowed is 0"):
@@ -184,6 +184,7 @@ def test_tokenizer_fields_are_plain(tmp_path: Path) -> None:
         "bos_token_id": None,
         "eos_token_id": 0,
         "chat_template": None,
+        "huggingface_json": None,
     }
 
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from openm1.kernels.packing import PackedLayout
-from openm1.model.cache import CacheView, HybridCache
+from openm1.model.cache import CacheView
 from openm1.model.config import M1_40K, PRESETS, M1Config
 from openm1.model.lightning_attention import layer_slopes
 from openm1.model.m1 import M1ForCausalLM
 
+from .paging import PagedSequences
 from .reference import alibi_slopes, read_checkpoint, reference_logits
 from .tiny import one_expert_config, pre_norm_config, random_ids, random_model, tiny_config
 
@@ -40,13 +41,13 @@ def logits_of(
 
 
 def in_parts(
-    model: M1ForCausalLM, cache: HybridCache, parts: dict[int, list[Tensor]]
+    model: M1ForCausalLM, cache: PagedSequences, parts: dict[int, list[Tensor]]
 ) -> dict[int, Tensor]:
     """Runs each slot's parts one after another, all slots that have one left side by side."""
     results: dict[int, list[Tensor]] = {slot: [] for slot in parts}
     for step in range(max(len(pieces) for pieces in parts.values())):
         batch = {slot: pieces[step] for slot, pieces in parts.items() if step < len(pieces)}
-        view = CacheView(cache, list(batch), [len(ids) for ids in batch.values()])
+        view = cache.view({slot: len(ids) for slot, ids in batch.items()})
         outputs = logits_of(model, list(batch.values()), view)
         for slot, out in zip(batch, outputs, strict=True):
             results[slot].append(out)
@@ -99,61 +100,68 @@ def test_rows_of_a_batch_are_sequences() -> None:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_prefill_in_parts_and_decode_are_one_pass(config: M1Config) -> None:
-    """Slots out of order, parts of one and of many tokens, new sequences beside running ones."""
+    """Slots and pages out of order, parts of one and of many tokens, new sequences beside old ones.
+
+    Whatever has not been written is NaN: behind the lengths, in pages of others, in free slots.
+    """
     model = random_model(config)
     sequences = dict(zip((2, 0, 3), random_ids(config, 90, 20, 7), strict=True))
     cuts = {2: [70, 1, 13, 1, 1, 1, 1, 1, 1], 0: [1, 14, 1, 1, 1, 1, 1], 3: [1] * 7}
     parts = {slot: list(ids.split(cuts[slot])) for slot, ids in sequences.items()}
-    cache = HybridCache(config, 4)
-    results = in_parts(model, cache, parts)
+    results = in_parts(model, PagedSequences(config), parts)
     for slot, ids in sequences.items():
         (whole,) = logits_of(model, [ids], None)
         assert largest_difference(results[slot], whole) < PATHS_ERROR
-    assert cache.lengths == [20, 0, 90, 7]
 
 
 def test_prefill_in_parts_is_one_pass_in_fp64() -> None:
     """Rotary tables are fp32 in every path, so nothing but the order of sums can differ."""
     model = random_model(tiny_config(), dtype=torch.float64)
     (ids,) = random_ids(model.config, 90)
-    cache = HybridCache(model.config, 1, dtype=torch.float64)
+    cache = PagedSequences(model.config, dtype=torch.float64)
     parts = in_parts(model, cache, {0: list(ids.split([66, 1, 1, 20, 1, 1]))})
     (whole,) = logits_of(model, [ids], None)
     assert largest_difference(parts[0], whole) < FP64_ERROR
 
 
-def test_a_forked_slot_continues_and_a_reset_slot_forgets() -> None:
+def test_copies_of_a_state_and_of_the_last_page_continue() -> None:
+    """Two sequences share the full pages of a prompt; what one writes the other does not see."""
     model = random_model(tiny_config())
     prompt, first, second = random_ids(model.config, 30, 5, 5)
-    cache = HybridCache(model.config, 3)
+    cache = PagedSequences(model.config)
     in_parts(model, cache, {1: [prompt]})
-    cache.fork(1, [0, 2])
-    results = in_parts(model, cache, {0: list(first.split(1)), 2: [second]})
-    for slot, ids in ((0, first), (2, second)):
+    cache.fork(1, 0)
+    results = in_parts(model, cache, {0: list(first.split(1)), 1: [second]})
+    for slot, ids in ((0, first), (1, second)):
         (whole,) = logits_of(model, [torch.cat([prompt, ids])], None)
         assert largest_difference(results[slot], whole[30:]) < PATHS_ERROR
-    cache.reset(0)
-    results = in_parts(model, cache, {0: [second]})
-    assert largest_difference(results[0], logits_of(model, [second], None)[0]) < PATHS_ERROR
 
 
 def test_a_bf16_model_keeps_fp32_states_and_head() -> None:
     config = tiny_config()
     model = random_model(config, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
-    cache = HybridCache(config, 1, dtype=torch.bfloat16)
+    cache = PagedSequences(config, dtype=torch.bfloat16)
     (ids,) = random_ids(config, 24)
     logits = in_parts(model, cache, {0: list(ids.split([20, 1, 1, 1, 1]))})[0]
     assert logits.dtype == torch.float32
-    for state in cache.states.values():
-        assert state.dtype == torch.float32
-        # It was never rounded on the way either.
-        assert not torch.equal(state, state.bfloat16().float())
-    assert {keys.dtype for keys in cache.keys.values()} == {torch.bfloat16}
+    state = cache.pools.states[0]
+    assert state.dtype == torch.float32
+    # It was never rounded on the way either.
+    assert not torch.equal(state, state.bfloat16().float())
+    assert cache.pools.keys.dtype == cache.pools.values.dtype == torch.bfloat16
     wide = random_model(config)
     wide.load_state_dict(model.state_dict())
     # bf16 keeps 8 bits; six layers of it stay well below the logits' unit scale.
     assert largest_difference(logits, wide(ids[None])[0]) < 0.3
+
+
+def test_the_balance_loss_is_only_taken_for_training() -> None:
+    model = random_model(tiny_config())
+    ids, layout = random_ids(model.config, 9)[0], PackedLayout([9])
+    assert float(model.model(ids, layout).aux_loss.detach()) > 1.0
+    with torch.no_grad():
+        assert float(model.model(ids, layout).aux_loss) == 0.0
 
 
 def test_every_parameter_gets_a_gradient() -> None:

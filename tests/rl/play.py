@@ -57,7 +57,7 @@ class WrittenPolicy:
             token_ids=tuple(ids),
             logprobs=(-0.5,) * len(ids),
             forced=(False,) * len(ids),
-            policy_version=self.version,
+            policy_versions=(self.version,) * len(ids),
         )
 
     def load_weights(self, tensors: object, *, version: int) -> None:

@@ -1,0 +1,502 @@
+"""What LLVM is told by hand: products of weight rows with activations, sums, exp, atomics.
+
+numba compiles plain loops well but not these: a block of dot products whose accumulators must stay
+in registers, bf16 and int8 weights widened on the way, and the barrier between threads. Addresses
+and strides are bytes. Sums run in the same order for every block shape, so a token's result does
+not depend on how many others are computed beside it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir as untyped_ir
+from numba import types
+from numba.core.extending import intrinsic
+
+# llvmlite says nothing of its types.
+ir: Any = untyped_ir
+Value = Any
+
+# Weight formats, as the kernels see them.
+FLOAT32, BFLOAT16, INT8 = 0, 1, 2
+
+# Floats per vector: an AVX-512 register, else two of half the width or four of a quarter.
+LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
+
+_I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+_F32 = ir.FloatType()
+_VECTOR = ir.VectorType(_F32, LANES)
+_ELEMENT = {FLOAT32: _F32, BFLOAT16: _I16, INT8: _I8}
+_BYTES = {FLOAT32: 4, BFLOAT16: 2, INT8: 1}
+_FAST = ("contract", "nsz")
+
+
+def _const(value: int) -> Value:
+    return ir.Constant(_I64, value)
+
+
+def _call(builder: Value, name: str, result: Value, args: Sequence[Value]) -> Value:
+    """Calls an LLVM intrinsic by its full name."""
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    module = builder.module
+    function = module.globals.get(name) or ir.Function(module, kind, name)
+    return builder.call(function, args)
+
+
+def _fma(builder: Value, a: Value, b: Value, c: Value) -> Value:
+    return _call(builder, f"llvm.fma.v{LANES}f32", _VECTOR, [a, b, c])
+
+
+def _splat(builder: Value, value: Value) -> Value:
+    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(_I32, 0))
+    mask = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+    return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), mask)
+
+
+def _widen(builder: Value, raw: Value, kind: int) -> Value:
+    """A vector of stored elements as floats."""
+    if kind == FLOAT32:
+        return raw
+    wide = ir.VectorType(_I32, LANES)
+    if kind == BFLOAT16:
+        shift = ir.Constant(wide, [16] * LANES)
+        return builder.bitcast(builder.shl(builder.zext(raw, wide), shift), _VECTOR)
+    return builder.sitofp(builder.sext(raw, wide), _VECTOR)
+
+
+def _tail_mask(builder: Value, left: Value) -> Value:
+    """True in the first `left` lanes."""
+    lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
+    count = builder.trunc(left, _I32)
+    vector = ir.VectorType(_I32, LANES)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), count, ir.Constant(_I32, 0))
+    mask = ir.Constant(vector, [0] * LANES)
+    many = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), mask)
+    return builder.icmp_signed("<", lanes, many)
+
+
+def _load(builder: Value, address: Value, kind: int, mask: Value | None = None) -> Value:
+    """A vector of floats from `address`; lanes that the mask leaves out are 0 and not touched."""
+    stored = ir.VectorType(_ELEMENT[kind], LANES)
+    pointer = builder.inttoptr(address, stored.as_pointer())
+    if mask is None:
+        raw = builder.load(pointer, align=_BYTES[kind])
+    else:
+        suffix = {FLOAT32: "f32", BFLOAT16: "i16", INT8: "i8"}[kind]
+        zero = ir.Constant(stored, None)
+        align = ir.Constant(_I32, _BYTES[kind])
+        name = f"llvm.masked.load.v{LANES}{suffix}.p0"
+        raw = _call(builder, name, stored, [pointer, align, mask, zero])
+    return _widen(builder, raw, kind)
+
+
+def _pairwise(builder: Value, vectors: list[Value]) -> list[Value]:
+    """Sums of all lanes of each vector, as scalars, neighbours first.
+
+    Up to LANES vectors are folded together: at each level two vectors become one, its halves the
+    sums of neighbouring lanes of either.
+    """
+    count = len(vectors)
+    level = vectors + [ir.Constant(_VECTOR, None)] * (LANES - count)
+    wide = ir.VectorType(_I32, LANES)
+    even = ir.Constant(wide, list(range(0, 2 * LANES, 2)))
+    odd = ir.Constant(wide, list(range(1, 2 * LANES, 2)))
+    while len(level) > 1:
+        level = [
+            builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))
+            for a, b in zip(level[::2], level[1::2], strict=True)
+        ]
+    return [builder.extract_element(level[0], ir.Constant(_I32, i)) for i in range(count)]
+
+
+def _loop(builder: Value, stop: Value, step: int, carried: list[Value], body) -> list[Value]:
+    """for i in range(0, stop, step): carried = body(i, carried)."""
+    before = builder.block
+    head = builder.append_basic_block("head")
+    inside = builder.append_basic_block("inside")
+    after = builder.append_basic_block("after")
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(_I64)
+    index.add_incoming(_const(0), before)
+    values = []
+    for value in carried:
+        phi = builder.phi(value.type)
+        phi.add_incoming(value, before)
+        values.append(phi)
+    builder.cbranch(builder.icmp_signed("<", index, stop), inside, after)
+    builder.position_at_end(inside)
+    new = body(index, values)
+    index.add_incoming(builder.add(index, _const(step)), builder.block)
+    for phi, value in zip(values, new, strict=True):
+        phi.add_incoming(value, builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return values
+
+
+def _outlined(name: str, num_args: int, build: Callable[..., None]):
+    """The body of an intrinsic of int64 arguments, as a function of its own that is never inlined:
+    it is called from many places and would take long to compile in all of them."""
+
+    def codegen(context, builder, signature, args):
+        module = builder.module
+        function = module.globals.get(name)
+        if function is None:
+            kind = ir.FunctionType(ir.VoidType(), [_I64] * num_args)
+            function = ir.Function(module, kind, name)
+            function.linkage = "linkonce_odr"
+            function.attributes.add("noinline")
+            inside = ir.IRBuilder(function.append_basic_block("entry"))
+            build(inside, *function.args)
+            inside.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    return codegen
+
+
+def _make_dots(num_rows: int, num_inputs: int, kind: int):
+    """dots(w, w_stride, x, x_stride, size, scales, out, out_stride).
+
+    out[m, n] = sum_i w[n, i] x[m, i], times scales[n] for int8 weights; x and out are fp32.
+    """
+
+    def build(builder, w, w_stride, x, x_stride, size, scales, out, out_stride):
+        rows = [builder.add(w, builder.mul(w_stride, _const(n))) for n in range(num_rows)]
+        inputs = [builder.add(x, builder.mul(x_stride, _const(m))) for m in range(num_inputs)]
+
+        def accumulate(index, sums, mask=None):
+            w_at = builder.mul(index, _const(_BYTES[kind]))
+            x_at = builder.mul(index, _const(4))
+            activations = [_load(builder, builder.add(a, x_at), FLOAT32, mask) for a in inputs]
+            new = []
+            for n, row in enumerate(rows):
+                weight = _load(builder, builder.add(row, w_at), kind, mask)
+                for m, activation in enumerate(activations):
+                    new.append(_fma(builder, weight, activation, sums[n * num_inputs + m]))
+            return new
+
+        zero = ir.Constant(_VECTOR, None)
+        full = builder.and_(size, _const(-LANES))
+        sums = _loop(builder, full, LANES, [zero] * (num_rows * num_inputs), accumulate)
+        left = builder.sub(size, full)
+        start = builder.block
+        tail = builder.append_basic_block("tail")
+        done = builder.append_basic_block("done")
+        builder.cbranch(builder.icmp_signed(">", left, _const(0)), tail, done)
+        builder.position_at_end(tail)
+        with_tail = accumulate(full, sums, _tail_mask(builder, left))
+        builder.branch(done)
+        builder.position_at_end(done)
+        totals = []
+        for without, added in zip(sums, with_tail, strict=True):
+            phi = builder.phi(_VECTOR)
+            phi.add_incoming(without, start)
+            phi.add_incoming(added, tail)
+            totals.append(phi)
+        scalars = []
+        for first in range(0, len(totals), LANES):
+            scalars += _pairwise(builder, totals[first : first + LANES])
+        for n in range(num_rows):
+            scale = None
+            if kind == INT8:
+                at = builder.add(scales, _const(4 * n))
+                scale = builder.load(builder.inttoptr(at, _F32.as_pointer()))
+            for m in range(num_inputs):
+                value = scalars[n * num_inputs + m]
+                if scale is not None:
+                    value = builder.fmul(value, scale)
+                at = builder.add(out, builder.mul(out_stride, _const(m)))
+                at = builder.add(at, _const(4 * n))
+                builder.store(value, builder.inttoptr(at, _F32.as_pointer()))
+
+    codegen = _outlined(f"openm1_dots_{num_rows}x{num_inputs}_{kind}", 8, build)
+
+    @intrinsic
+    def dots(typingctx, w, w_stride, x, x_stride, size, scales, out, out_stride):
+        return types.void(*[types.int64] * 8), codegen
+
+    return dots
+
+
+def _make_weighted_sum(num_inputs: int, num_vectors: int, kind: int):
+    """weighted_sum(p, p_stride, v, v_stride, count, out, out_stride, width).
+
+    out[m, d] += sum_n p[m, n] v[n, d] for d < width <= num_vectors * LANES; p and out are fp32.
+    A width below that is for a single vector only.
+    """
+
+    def build(builder, p, p_stride, v, v_stride, count, out, out_stride, width):
+        mask = _tail_mask(builder, width) if num_vectors == 1 else None
+        places = []
+        for m in range(num_inputs):
+            row = builder.add(out, builder.mul(out_stride, _const(m)))
+            places += [builder.add(row, _const(4 * LANES * j)) for j in range(num_vectors)]
+        sums = [_load(builder, place, FLOAT32, mask) for place in places]
+
+        def accumulate(index, sums):
+            row = builder.add(v, builder.mul(v_stride, index))
+            offsets = [_const(LANES * _BYTES[kind] * j) for j in range(num_vectors)]
+            values = [_load(builder, builder.add(row, at), kind, mask) for at in offsets]
+            new = []
+            for m in range(num_inputs):
+                at = builder.add(p, builder.mul(p_stride, _const(m)))
+                at = builder.add(at, builder.mul(index, _const(4)))
+                weight = builder.load(builder.inttoptr(at, _F32.as_pointer()))
+                many = _splat(builder, weight)
+                for j, value in enumerate(values):
+                    new.append(_fma(builder, many, value, sums[m * num_vectors + j]))
+            return new
+
+        sums = _loop(builder, count, 1, sums, accumulate)
+        for place, value in zip(places, sums, strict=True):
+            pointer = builder.inttoptr(place, _VECTOR.as_pointer())
+            if mask is None:
+                builder.store(value, pointer, align=4)
+            else:
+                name = f"llvm.masked.store.v{LANES}f32.p0"
+                args = [value, pointer, ir.Constant(_I32, 4), mask]
+                _call(builder, name, ir.VoidType(), args)
+
+    codegen = _outlined(f"openm1_sum_{num_inputs}x{num_vectors}_{kind}", 8, build)
+
+    @intrinsic
+    def weighted_sum(typingctx, p, p_stride, v, v_stride, count, out, out_stride, width):
+        return types.void(*[types.int64] * 8), codegen
+
+    return weighted_sum
+
+
+dots_8x1_f32, dots_8x1_bf16, dots_8x1_i8 = (_make_dots(8, 1, kind) for kind in _ELEMENT)
+dots_4x4_f32, dots_4x4_bf16, dots_4x4_i8 = (_make_dots(4, 4, kind) for kind in _ELEMENT)
+dots_1x1_f32, dots_1x1_bf16, dots_1x1_i8 = (_make_dots(1, 1, kind) for kind in _ELEMENT)
+weighted_sum_4x4_f32, weighted_sum_4x4_bf16 = (
+    _make_weighted_sum(4, 4, kind) for kind in (FLOAT32, BFLOAT16)
+)
+weighted_sum_1x1_f32, weighted_sum_1x1_bf16 = (
+    _make_weighted_sum(1, 1, kind) for kind in (FLOAT32, BFLOAT16)
+)
+
+
+@intrinsic
+def exp_f32(typingctx, x):
+    """exp in arithmetic that vectorises; relative error below 2e-7, 0 below -87, clamped at 88."""
+
+    def codegen(context, builder, signature, args):
+        def const(value):
+            return ir.Constant(_F32, value)
+
+        def fma(a, b, c):
+            return _call(builder, "llvm.fma.f32", _F32, [a, b, c])
+
+        low = _call(builder, "llvm.maxnum.f32", _F32, [args[0], const(-87.0)])
+        value = _call(builder, "llvm.minnum.f32", _F32, [low, const(88.0)])
+        turns = fma(value, const(1.4426950408889634), const(0.5))
+        whole = _call(builder, "llvm.floor.f32", _F32, [turns])
+        # ln 2 in two parts, the first with few enough bits that its product with `whole` is exact.
+        rest = fma(whole, const(-0.693359375), value)
+        rest = fma(whole, const(2.12194440e-4), rest)
+        series = const(1.0 / 5040)
+        for factor in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+            series = fma(series, rest, const(factor))
+        exponent = builder.add(builder.fptosi(whole, _I32), ir.Constant(_I32, 127))
+        power = builder.bitcast(builder.shl(exponent, ir.Constant(_I32, 23)), _F32)
+        product = builder.fmul(series, power)
+        tiny = builder.fcmp_ordered("<", args[0], const(-87.0))
+        return builder.select(tiny, const(0.0), product)
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def largest_f32(typingctx, address, count):
+    """The largest of `count` floats, a multiple of LANES; NaN if there is one among them."""
+
+    def codegen(context, builder, signature, args):
+        start, total = args
+        lowest = ir.Constant(_VECTOR, [float("-inf")] * LANES)
+        clean = ir.Constant(ir.VectorType(_I1, LANES), [0] * LANES)
+
+        def body(index, carried):
+            best, bad = carried
+            value = _load(builder, builder.add(start, builder.mul(index, _const(4))), FLOAT32)
+            more = builder.fcmp_ordered(">", value, best)
+            is_nan = builder.fcmp_unordered("uno", value, value)
+            return [builder.select(more, value, best), builder.or_(bad, is_nan)]
+
+        best, bad = _loop(builder, total, LANES, [lowest, clean], body)
+        top = _call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", _F32, [best])
+        some = _call(builder, f"llvm.vector.reduce.or.v{LANES}i1", _I1, [bad])
+        return builder.select(some, ir.Constant(_F32, float("nan")), top)
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def pointer_f32(typingctx, address):
+    """An address as a pointer that `carray` takes."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], _F32.as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
+@intrinsic
+def pointer_u16(typingctx, address):
+    """An address as a pointer to bf16 bits."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], _I16.as_pointer())
+
+    return types.CPointer(types.uint16)(types.int64), codegen
+
+
+@intrinsic
+def pointer_i64(typingctx, address):
+    """An address as a pointer to int64."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], _I64.as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), codegen
+
+
+@intrinsic
+def float_bits(typingctx, x):
+    """The bits of a float32 as uint32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], _I32)
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def bits_float(typingctx, x):
+    """The float32 with these bits."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], _F32)
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def atomic_add(typingctx, address, amount):
+    """Adds to the int64 at `address`, all threads seeing one order; returns what it was."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], _I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_load(typingctx, address):
+    """The int64 at `address`, with everything its writer wrote before it."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], _I64.as_pointer())
+        return builder.load_atomic(pointer, "seq_cst", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx):
+    """Tells the core that this is a loop of waiting."""
+
+    def codegen(context, builder, signature, args):
+        if llvm.get_default_triple().startswith("x86_64"):
+            _call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+# The tile unit (AMX) multiplies 16 rows of 32 bf16 weights with 32 x 16 activations at a time.
+TILE_ROWS, TILE_DEPTH = 16, 32
+_POINTER = _I8.as_pointer()
+
+
+def _tile(builder: Value, name: str, *args: Value | int) -> None:
+    """A tile instruction; plain integers are tile numbers."""
+    values = [ir.Constant(_I8, a) if isinstance(a, int) else a for a in args]
+    _call(builder, f"llvm.x86.{name}", ir.VoidType(), values)
+
+
+def _make_tile_dots(num_groups: int):
+    """tile_dots(w, w_stride, x, x_stride, size, out, out_stride).
+
+    out[n, m] = sum_i w[n, i] x[i, m] for 2 * TILE_ROWS rows of bf16 weights as they lie in memory
+    and num_groups * 16 inputs, packed by `pack_tiles` in groups `x_stride` apart. `size` is a
+    multiple of TILE_DEPTH.
+    """
+
+    def build(builder, w, w_stride, x, x_stride, size, out, out_stride):
+        for sums in range(2 * num_groups):
+            _tile(builder, "tilezero", sums)
+        lower = builder.add(w, builder.mul(w_stride, _const(TILE_ROWS)))
+        groups = [builder.add(x, builder.mul(x_stride, _const(g))) for g in range(num_groups)]
+
+        def accumulate(index, carried):
+            at = builder.mul(index, _const(2))
+            for tile, rows in ((4, w), (5, lower)):
+                place = builder.inttoptr(builder.add(rows, at), _POINTER)
+                _tile(builder, "tileloadd64", tile, place, w_stride)
+            for g, group in enumerate(groups):
+                place = builder.add(group, builder.mul(index, _const(TILE_DEPTH)))
+                tile = 6 + g
+                _tile(builder, "tileloadd64", tile, builder.inttoptr(place, _POINTER), _const(64))
+                _tile(builder, "tdpbf16ps", 2 * g, 4, tile)
+                _tile(builder, "tdpbf16ps", 2 * g + 1, 5, tile)
+            return []
+
+        _loop(builder, size, TILE_DEPTH, [], accumulate)
+        for g in range(num_groups):
+            for half in range(2):
+                row = builder.add(out, builder.mul(out_stride, _const(TILE_ROWS * half)))
+                place = builder.inttoptr(builder.add(row, _const(64 * g)), _POINTER)
+                _tile(builder, "tilestored64", 2 * g + half, place, out_stride)
+
+    codegen = _outlined(f"openm1_tile_dots_{num_groups}", 7, build)
+
+    @intrinsic
+    def tile_dots(typingctx, w, w_stride, x, x_stride, size, out, out_stride):
+        return types.void(*[types.int64] * 7), codegen
+
+    return tile_dots
+
+
+tile_dots_1, tile_dots_2 = _make_tile_dots(1), _make_tile_dots(2)
+
+
+@intrinsic
+def tile_configure(typingctx, address):
+    """Sets up this thread's tiles from the 64 bytes at `address`."""
+
+    def codegen(context, builder, signature, args):
+        _tile(builder, "ldtilecfg", builder.inttoptr(args[0], _POINTER))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def tile_release(typingctx):
+    def codegen(context, builder, signature, args):
+        _tile(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+HAS_YIELD = sys.platform != "win32"
+give_up_core = types.ExternalFunction("sched_yield", types.int32())
