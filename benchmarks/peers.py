@@ -195,6 +195,11 @@ class LlamaCppPeer:
             self._sequences[slot] += _generated_ids(reply)
         return max(reply["timings"]["predicted_ms"] for reply in replies) / 1000
 
+    def cached_tokens(self, prompt_ids: list[int]) -> int:
+        """Runs a prompt with prompt caching on; how many of its tokens were not computed."""
+        reply = self._complete(prompt_ids, num_tokens=1, slot=0, reuse=True)
+        return len(prompt_ids) - reply["timings"]["prompt_n"]
+
     def close(self) -> None:
         del self._server
         self._folder.cleanup()

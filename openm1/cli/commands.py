@@ -194,6 +194,41 @@ def convert(
     print(f"wrote {target}")
 
 
+def bench(
+    *,
+    model: str = "nano",
+    dtype: Dtype = "float32",
+    weights: Weights = "full",
+    contexts: tuple[int, ...] = (1024, 4096),
+    batches: tuple[int, ...] = (1, 8, 32),
+    num_tokens: int = 16,
+    repeats: int = 5,
+    memory_budget: str | None = None,
+    kernels: Kernels = "auto",
+    json_: Annotated[bool, arg(name="json")] = False,
+) -> None:
+    """Tokens per second of a model on this machine; against other engines: `make bench`."""
+    from openm1.cli.bench import run_bench
+    from openm1.engine.llm import LLM
+
+    for name, values in (("contexts", contexts), ("batches", batches)):
+        if not values or min(values) < 1:
+            raise ValueError(f"{name} are {values}; allowed are integers of at least 1")
+    if min(num_tokens, repeats) < 1:
+        raise ValueError(f"num_tokens is {num_tokens}, repeats {repeats}; allowed is at least 1")
+    llm = LLM(model, dtype=dtype, weights=weights, config=_engine_config(memory_budget, kernels))
+    if llm.int8_report is not None:
+        print(llm.int8_report, file=sys.stderr)
+    run_bench(
+        llm,
+        contexts=contexts,
+        batches=batches,
+        num_tokens=num_tokens,
+        repeats=repeats,
+        as_json=json_,
+    )
+
+
 def evaluate(
     *,
     model: str = "nano",
@@ -273,5 +308,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "chat": chat,
     "convert": convert,
     "eval": evaluate,
+    "bench": bench,
     "demo": demo,
 }

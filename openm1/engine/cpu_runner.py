@@ -57,6 +57,7 @@ class CpuRunner:
         self._alone = Team(1)
         self._page_tables: WeakKeyDictionary[CachedSequence, np.ndarray] = WeakKeyDictionary()
         self._rows = self._parts = 0
+        self._arguments: np.ndarray | None = None
         if not is_on_disk(kernel.decode_step):
             print(
                 "openm1: compiling the CPU kernels; this takes half a minute, once", file=sys.stderr
@@ -74,22 +75,15 @@ class CpuRunner:
         self._shape, self._formats = _shape(self.model), _formats(self.model, self._head)
         self._table = _layer_table(self.model, self._head)
         self._cache = _cache_addresses(self.pools)
+        self._arguments = None
 
     def decode(self, token_ids: list[int], sequences: list[CachedSequence]) -> Tensor:
         """The logits are overwritten by the next call."""
         batch = self._batch(token_ids, sequences)
         self._make_room(len(token_ids), int(batch.first_part[-1]))
-        self._team.run(
-            kernel.decode_step,
-            self._shape,
-            self._formats,
-            self._table,
-            self._cache,
-            batch,
-            self._space,
-            self._logits,
-            0,
-        )
+        assert self._arguments is not None
+        self._arguments[kernel.BATCH : kernel.SPACE] = kernel.flatten(batch)
+        self._team.run(kernel.decode_step, self._arguments)
         return torch.from_numpy(self._logits[: len(token_ids)])
 
     def sample(
@@ -148,7 +142,7 @@ class CpuRunner:
         return table[1:]
 
     def _make_room(self, rows: int, parts: int) -> None:
-        if rows <= self._rows and parts <= self._parts:
+        if rows <= self._rows and parts <= self._parts and self._arguments is not None:
             return
         self._rows = max(rows, min(2 * self._rows, rows + 64))
         self._parts = max(parts, min(2 * self._parts, parts + 4096))
@@ -161,6 +155,16 @@ class CpuRunner:
             threads=self._team.num_threads,
         )
         self._logits = np.zeros((self._rows + 4, self._shape.vocab_size), np.float32)
+        nothing = kernel.Batch(*[np.zeros(0, np.int64)] * 5)
+        self._arguments = kernel.flatten(
+            self._shape,
+            self._formats,
+            self._table,
+            self._cache,
+            nothing,
+            self._space,
+            self._logits,
+        )
 
 
 def _head_weight(model: M1ForCausalLM) -> Tensor:

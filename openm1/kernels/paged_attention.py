@@ -40,7 +40,9 @@ def paged_prefill_attention(
     reads key/value head h // (H / G). Scores, statistics and sums are fp32 (fp64 for fp64 inputs),
     weights have the dtype of `q`. Not differentiable.
     """
-    if _has_tile_unit(q.device.type, q.dtype):
+    # "medium" is torch's word for fp32 products that may round their inputs to bf16.
+    rounds = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+    if (q.dtype == torch.bfloat16 or rounds) and _has_tile_unit(q.device.type):
         attend, block_rows = _attend_compiled, COMPILED_ROWS
     else:
         attend, block_rows = _attend_tiles, TILE_ROWS
@@ -53,9 +55,9 @@ def paged_prefill_attention(
 
 
 @cache
-def _has_tile_unit(device: str, dtype: torch.dtype) -> bool:
-    """Whether there is a compiled kernel: for bf16 on CPUs with AMX."""
-    if device != "cpu" or dtype != torch.bfloat16:
+def _has_tile_unit(device: str) -> bool:
+    """Whether there is a compiled kernel for bf16: on CPUs with AMX."""
+    if device != "cpu":
         return False
     from openm1.kernels.cpu.tiles import tiles_available
 
@@ -68,13 +70,14 @@ def _attend_compiled(
     """A block of consecutive queries, the first with `past` tokens before it."""
     from openm1.kernels.cpu.tile_attention import TileAttention
 
-    attention = TileAttention(q, keys.shape[2], past)
+    attention = TileAttention(q.bfloat16(), keys.shape[2], past)
     total = past + len(q)
     for first in range(0, total, GATHER_TOKENS):
         stop = min(first + GATHER_TOKENS, total)
         width = -(-(stop - first) // TILE_MULTIPLE) * TILE_MULTIPLE
-        attention.add(*(_gather(x, page_table, first, stop, width) for x in (keys, values)), first)
-    return attention.result()
+        k, v = (_gather(x, page_table, first, stop, width) for x in (keys, values))
+        attention.add(k.bfloat16(), v.bfloat16(), first)
+    return attention.result().to(q.dtype)
 
 
 def _attend_tiles(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, past: int) -> Tensor:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from openm1.kernels import paged_attention
+from openm1.kernels.cpu.tiles import tiles_available
 from openm1.kernels.paged_attention import paged_decode_attention, paged_prefill_attention, soften
 
 # Against fp64 over the same numbers, relative to the norm. fp32 sums some hundred terms; bf16
-# rounds weights, and the parts that the fused operator returns.
+# rounds weights.
 ERRORS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 6e-3}
 HEADS, GROUPS, DIM, PAGE_TOKENS, NUM_PAGES = 6, 2, 8, 5, 70
 # New tokens and those before them: less than a page, a page, several blocks, several tiles.
@@ -56,19 +57,20 @@ def error(ours: Tensor, truth: Tensor) -> float:
         ("tiles", torch.float64),
         ("tiles", torch.float32),
         ("tiles", torch.bfloat16),
-        ("fused", torch.float32),
-        ("fused", torch.bfloat16),
+        ("compiled", torch.bfloat16),
     ],
     ids=str,
 )
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """Either way to prefill, with blocks and tiles so small that every loop is taken twice."""
-    fused = request.param[0] == "fused"
-    monkeypatch.setattr(paged_attention, "_fused_is_faster", lambda device, dtype: fused)
+    compiled = request.param[0] == "compiled"
+    if compiled and not tiles_available():
+        pytest.skip("this CPU has no tile unit")
+    monkeypatch.setattr(paged_attention, "_has_tile_unit", lambda device: compiled)
     monkeypatch.setattr(paged_attention, "TILE_ROWS", 96)
     monkeypatch.setattr(paged_attention, "TILE_SCORES", 96 * 64)
     monkeypatch.setattr(paged_attention, "GATHER_TOKENS", 64)
-    monkeypatch.setattr(paged_attention, "FUSED_SCORES", 64 * HEADS * 50)
+    monkeypatch.setattr(paged_attention, "COMPILED_ROWS", 110)
     return request.param[1]
 
 
@@ -128,3 +130,44 @@ def test_the_compiled_softmax_is_the_plain_one(weight_dtype: torch.dtype, masked
     if weight_dtype == torch.float32:
         soften(scores, scores, limits, 0.3, *again)
         assert torch.equal(scores, weights)
+
+
+@pytest.mark.skipif(not tiles_available(), reason="this CPU has no tile unit")
+@pytest.mark.parametrize("dim", [16, 64, 80])
+def test_the_compiled_kernel_takes_any_head_dim_and_number_of_threads(dim: int) -> None:
+    keys, values = torch.randn(2, 300, 2, dim).bfloat16()
+    q = (2 * torch.randn(100, 6, dim)).bfloat16()
+    table = torch.arange(300 // 5)
+    pages = [x.unflatten(0, (-1, 5)) for x in (keys, values)]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(paged_prefill_attention(q, *pages, table, 200))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+    wide = [x.repeat_interleave(3, 1).transpose(0, 1).double() for x in (keys, values)]
+    seen = torch.ones(100, 300, dtype=torch.bool).tril(200)
+    truth = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1).double(), *wide, attn_mask=seen
+    )
+    assert error(results[0], truth.transpose(0, 1)) < ERRORS[torch.bfloat16]
+
+
+@pytest.mark.skipif(not tiles_available(), reason="this CPU has no tile unit")
+def test_fp32_is_rounded_to_bf16_only_where_the_process_allows_it() -> None:
+    keys, values, (table,) = paged([100], torch.float32)
+    q = torch.randn(100, HEADS, DIM)
+    truth = exact(q, keys, values, table, 100)
+    before = torch.get_float32_matmul_precision()
+    errors = {}
+    try:
+        for setting in ("highest", "medium"):
+            torch.set_float32_matmul_precision(setting)
+            errors[setting] = error(paged_prefill_attention(q, keys, values, table, 0), truth)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert errors["highest"] < ERRORS[torch.float32]
+    assert 1e-4 < errors["medium"] < ERRORS[torch.bfloat16]

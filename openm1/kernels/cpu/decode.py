@@ -135,7 +135,7 @@ class Workspace(NamedTuple):
     scores: np.ndarray  # [threads, H / G, SPLIT_TOKENS]
     vector: np.ndarray  # [threads, max(C, H D)]
     square: np.ndarray  # [threads, ROW_BLOCK, ROW_BLOCK]
-    tile_setup: np.ndarray  # [64] uint8
+    tile_setup: np.ndarray  # 64 bytes, read by address only
 
 
 @piece
@@ -420,11 +420,171 @@ def _bytes(kind):
     return 4 if kind == FLOAT32 else 2 if kind == vector.BFLOAT16 else 1
 
 
+def flatten(*parts: NamedTuple | np.ndarray) -> np.ndarray:
+    """All fields as one array of int64, four each: a number, or an array's address and sizes.
+
+    numba takes each argument of a call apart by itself while it holds the GIL; of dozens of arrays
+    that would take longer than a layer.
+    """
+    fields = [f for part in parts for f in (part if isinstance(part, tuple) else (part,))]
+    out = np.zeros((len(fields), 4), np.int64)
+    for row, value in zip(out, fields, strict=True):
+        if isinstance(value, np.ndarray):
+            row[0], row[1 : 1 + value.ndim] = value.ctypes.data, value.shape
+        elif isinstance(value, float):
+            row[0] = np.float64(value).view(np.int64)
+        else:
+            row[0] = value
+    return out
+
+
+def _first_fields(*kinds: type) -> list[int]:
+    counts = [len(kind._fields) for kind in kinds]  # pyright: ignore[reportAttributeAccessIssue]
+    return [sum(counts[:i]) for i in range(len(counts) + 1)]
+
+
+# Where each part begins in the flattened arguments.
+SHAPE, FORMATS, TABLE, CACHE, BATCH, SPACE, LOGITS = _first_fields(
+    Shape, Formats, LayerTable, Cache, Batch, Workspace
+)
+
+
+@piece
+def read_f1(a, field):
+    return carray(vector.pointer_f32(a[field, 0]), (a[field, 1],))
+
+
+@piece
+def read_f2(a, field):
+    return carray(vector.pointer_f32(a[field, 0]), (a[field, 1], a[field, 2]))
+
+
+@piece
+def read_f3(a, field):
+    return carray(vector.pointer_f32(a[field, 0]), (a[field, 1], a[field, 2], a[field, 3]))
+
+
+@piece
+def read_d1(a, field):
+    return carray(vector.pointer_f64(a[field, 0]), (a[field, 1],))
+
+
+@piece
+def read_i1(a, field):
+    return carray(vector.pointer_i64(a[field, 0]), (a[field, 1],))
+
+
+@piece
+def read_i2(a, field):
+    return carray(vector.pointer_i64(a[field, 0]), (a[field, 1], a[field, 2]))
+
+
+@piece
+def read_i3(a, field):
+    return carray(vector.pointer_i64(a[field, 0]), (a[field, 1], a[field, 2], a[field, 3]))
+
+
+@piece
+def read_u1(a, field):
+    return carray(vector.pointer_u16(a[field, 0]), (a[field, 1],))
+
+
+@piece
+def read_shape(a):
+    n = SHAPE
+    return Shape(
+        a[n, 0],
+        a[n + 1, 0],
+        a[n + 2, 0],
+        a[n + 3, 0],
+        a[n + 4, 0],
+        a[n + 5, 0],
+        a[n + 6, 0],
+        a[n + 7, 0],
+        vector.bits_double(a[n + 8, 0]),
+        vector.bits_double(a[n + 9, 0]),
+        a[n + 10, 0] != 0,
+    )
+
+
+@piece
+def read_formats(a):
+    n = FORMATS
+    return Formats(a[n, 0], a[n + 1, 0], a[n + 2, 0], a[n + 3, 0], a[n + 4, 0], a[n + 5, 0] != 0)
+
+
+@piece
+def read_table(a):
+    n = TABLE
+    return LayerTable(
+        read_i1(a, n),
+        read_i1(a, n + 1),
+        read_i2(a, n + 2),
+        read_i2(a, n + 3),
+        read_f2(a, n + 4),
+        read_f2(a, n + 5),
+        read_d1(a, n + 6),
+        a[n + 7, 0],
+        a[n + 8, 0],
+        a[n + 9, 0],
+    )
+
+
+@piece
+def read_cache(a):
+    n = CACHE
+    return Cache(a[n, 0], a[n + 1, 0], a[n + 2, 0], a[n + 3, 0], a[n + 4, 0], a[n + 5, 0])
+
+
+@piece
+def read_batch(a):
+    n = BATCH
+    return Batch(
+        read_i1(a, n), read_i1(a, n + 1), read_i1(a, n + 2), read_i1(a, n + 3), read_i1(a, n + 4)
+    )
+
+
+@piece
+def read_workspace(a):
+    n = SPACE
+    return Workspace(
+        read_f2(a, n),
+        read_f2(a, n + 1),
+        read_f2(a, n + 2),
+        read_f2(a, n + 3),
+        read_f2(a, n + 4),
+        read_f2(a, n + 5),
+        read_i2(a, n + 6),
+        read_f2(a, n + 7),
+        read_f2(a, n + 8),
+        read_f2(a, n + 9),
+        read_f2(a, n + 10),
+        read_f2(a, n + 11),
+        read_f3(a, n + 12),
+        read_f2(a, n + 13),
+        read_f2(a, n + 14),
+        read_u1(a, n + 15),
+        read_u1(a, n + 16),
+        read_i2(a, n + 17),
+        read_i2(a, n + 18),
+        read_i3(a, n + 19),
+        read_f3(a, n + 20),
+        read_f2(a, n + 21),
+        read_f3(a, n + 22),
+        read_u1(a, n + 23),
+    )
+
+
 @kernel
-def decode_step(
-    thread, threads, counter, shape, formats, table, cache, batch, space, logits, target
-):
-    """Logits [S, V] of the next tokens; the cache then holds these tokens. `target` is 0."""
+def decode_step(thread, threads, counter, arguments):
+    """Logits [S, V] of the next tokens; the cache then holds these tokens.
+
+    `arguments` are Shape, Formats, LayerTable, Cache, Batch, Workspace and the logits, flattened.
+    """
+    shape, formats, cache = read_shape(arguments), read_formats(arguments), read_cache(arguments)
+    table, batch = read_table(arguments), read_batch(arguments)
+    space, logits = read_workspace(arguments), read_f2(arguments, LOGITS)
+    target = ZERO
     if formats.tiles:
         vector.tile_configure(address_of(space.tile_setup))
     count, size = batch.tokens.size, shape.hidden_size

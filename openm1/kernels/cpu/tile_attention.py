@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,32 @@ def _make_columns(masked: bool) -> Any:
 _columns, _columns_masked = _make_columns(False), _make_columns(True)
 
 
+@intrinsic
+def _merge(typingctx, sums, part, fades, dim):
+    """sums[d, q] = sums[d, q] * fades[q] + part[d, q] for QUERIES columns; three addresses."""
+
+    def codegen(context, builder, signature, args):
+        total, added, faded, count = args
+        places = [ir.Constant(_I64, 64 * half) for half in range(2)]
+        factors = [vector._load(builder, builder.add(faded, x), FLOAT32) for x in places]
+
+        def row(index, carried):
+            base = builder.mul(index, ir.Constant(_I64, 128))
+            for place, factor in zip(places, factors, strict=True):
+                offset = builder.add(base, place)
+                here = builder.add(total, offset)
+                before = vector._load(builder, here, FLOAT32)
+                new = vector._load(builder, builder.add(added, offset), FLOAT32)
+                value = vector._fma(builder, before, factor, new)
+                builder.store(value, builder.inttoptr(here, value.type.as_pointer()), align=4)
+            return []
+
+        vector._loop(builder, count, 1, [], row)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
 @kernel
 def _attend(
     queries,
@@ -169,15 +196,13 @@ def _attend(
                 here = values + d * value_bytes + 2 * j
                 to = part.ctypes.data + 128 * d
                 vector.tile_dots_2(here, value_bytes, weights, 32 * count, count, to, 128)
-            total = sums[b]
-            for d in range(dim):
-                for i in range(QUERIES):
-                    total[d, i] = total[d, i] * fades[i] + part[d, i]
+            total = sums.ctypes.data + b * dim * QUERIES * 4
+            _merge(total, part.ctypes.data, fades.ctypes.data, dim)
     vector.tile_release()
 
 
 class TileAttention:
-    """Queries of consecutive tokens, and what they have seen so far of their past and themselves."""
+    """Queries of consecutive tokens, and what they have seen so far."""
 
     def __init__(self, q: Float[Tensor, "t H D"], groups: int, past: int) -> None:
         num_new, num_heads, dim = q.shape
@@ -230,7 +255,7 @@ class TileAttention:
 
         threads = min(torch.get_num_threads(), self.blocks)
         cuts = [self.blocks * i // threads for i in range(threads + 1)]
-        parts = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [slice(a, b) for a, b in pairwise(cuts)]
         work = [(group, part) for group in range(self.groups) for part in parts]
         if threads == 1:
             for group, part in work:
@@ -239,11 +264,12 @@ class TileAttention:
             list(_pool(threads).map(lambda args: run(*args), work))
 
     def result(self) -> Float[Tensor, "t H D"]:
+        """fp32."""
         num_new, _, dim = self.shape
         out = self.sums / self.stats[:, :, 1, None]
         rows = out.transpose(2, 3).flatten(1, 2)[:, : num_new * self.shared, :dim]
         rows = rows.unflatten(1, (num_new, self.shared)).transpose(0, 1)
-        return rows.flatten(1, 2).to(self.queries.dtype)
+        return rows.flatten(1, 2)
 
 
 @cache

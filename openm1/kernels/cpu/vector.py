@@ -368,6 +368,26 @@ def pointer_i64(typingctx, address):
 
 
 @intrinsic
+def bits_double(typingctx, x):
+    """The float64 with these bits."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.int64), codegen
+
+
+@intrinsic
+def pointer_f64(typingctx, address):
+    """An address as a pointer to float64."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.DoubleType().as_pointer())
+
+    return types.CPointer(types.float64)(types.int64), codegen
+
+
+@intrinsic
 def float_bits(typingctx, x):
     """The bits of a float32 as uint32."""
 
