@@ -97,7 +97,7 @@ def against_transformers(
 
 
 def nano_decode(batch: int, context: int, goal: float, dtype: torch.dtype, threads: int) -> Race:
-    steps = 16 if context < 8192 else 4
+    steps = max(4, 64 // batch)
 
     def ask(one: Peer | OpenM1) -> Seconds:
         return lambda: one.decode_s(batch, context, steps)

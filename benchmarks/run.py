@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def measure(race: Race, repeats: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in race.contestants}
     for turn in range(repeats + 1):
         for name, work in race.contestants.items():
+            # OpenMP's threads spin for a while after their work, on cores that the next one needs.
+            time.sleep(0.1)
             took = work()
             if turn:
                 seconds[name].append(took)

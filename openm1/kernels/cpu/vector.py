@@ -94,14 +94,10 @@ def _load(builder: Value, address: Value, kind: int, mask: Value | None = None) 
     return _widen(builder, raw, kind)
 
 
-def _pairwise(builder: Value, vectors: list[Value]) -> list[Value]:
-    """Sums of all lanes of each vector, as scalars, neighbours first.
-
-    Up to LANES vectors are folded together: at each level two vectors become one, its halves the
-    sums of neighbouring lanes of either.
-    """
-    count = len(vectors)
-    level = vectors + [ir.Constant(_VECTOR, None)] * (LANES - count)
+def _pairwise(builder: Value, vectors: list[Value]) -> Value:
+    """A vector whose lane i is the sum of all lanes of the i-th of up to LANES vectors, neighbours
+    first: at each level two vectors become one, its halves the sums of neighbouring lanes."""
+    level = vectors + [ir.Constant(_VECTOR, None)] * (LANES - len(vectors))
     wide = ir.VectorType(_I32, LANES)
     even = ir.Constant(wide, list(range(0, 2 * LANES, 2)))
     odd = ir.Constant(wide, list(range(1, 2 * LANES, 2)))
@@ -110,7 +106,7 @@ def _pairwise(builder: Value, vectors: list[Value]) -> list[Value]:
             builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))
             for a, b in zip(level[::2], level[1::2], strict=True)
         ]
-    return [builder.extract_element(level[0], ir.Constant(_I32, i)) for i in range(count)]
+    return level[0]
 
 
 def _loop(builder: Value, stop: Value, step: int, carried: list[Value], body) -> list[Value]:
@@ -174,11 +170,12 @@ def _make_dots(num_rows: int, num_inputs: int, kind: int):
             w_at = builder.mul(index, _const(_BYTES[kind]))
             x_at = builder.mul(index, _const(4))
             activations = [_load(builder, builder.add(a, x_at), FLOAT32, mask) for a in inputs]
-            new = []
+            new = list(sums)
             for n, row in enumerate(rows):
                 weight = _load(builder, builder.add(row, w_at), kind, mask)
                 for m, activation in enumerate(activations):
-                    new.append(_fma(builder, weight, activation, sums[n * num_inputs + m]))
+                    place = m * num_rows + n
+                    new[place] = _fma(builder, weight, activation, sums[place])
             return new
 
         zero = ir.Constant(_VECTOR, None)
@@ -199,21 +196,23 @@ def _make_dots(num_rows: int, num_inputs: int, kind: int):
             phi.add_incoming(without, start)
             phi.add_incoming(added, tail)
             totals.append(phi)
-        scalars = []
+        # All rows of one input lie side by side, here and in `out`.
+        piece = ir.VectorType(_F32, num_rows)
+        if kind == INT8:
+            scale = builder.load(builder.inttoptr(scales, piece.as_pointer()), align=4)
         for first in range(0, len(totals), LANES):
-            scalars += _pairwise(builder, totals[first : first + LANES])
-        for n in range(num_rows):
-            scale = None
-            if kind == INT8:
-                at = builder.add(scales, _const(4 * n))
-                scale = builder.load(builder.inttoptr(at, _F32.as_pointer()))
-            for m in range(num_inputs):
-                value = scalars[n * num_inputs + m]
-                if scale is not None:
+            summed = _pairwise(builder, totals[first : first + LANES])
+            for begin in range(0, min(LANES, len(totals) - first), num_rows):
+                lanes = ir.Constant(
+                    ir.VectorType(_I32, num_rows), list(range(begin, begin + num_rows))
+                )
+                nothing = ir.Constant(_VECTOR, ir.Undefined)
+                value = builder.shuffle_vector(summed, nothing, lanes)
+                if kind == INT8:
                     value = builder.fmul(value, scale)
+                m = (first + begin) // num_rows
                 at = builder.add(out, builder.mul(out_stride, _const(m)))
-                at = builder.add(at, _const(4 * n))
-                builder.store(value, builder.inttoptr(at, _F32.as_pointer()))
+                builder.store(value, builder.inttoptr(at, piece.as_pointer()), align=4)
 
     codegen = _outlined(f"openm1_dots_{num_rows}x{num_inputs}_{kind}", 8, build)
 
