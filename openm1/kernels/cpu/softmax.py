@@ -125,9 +125,13 @@ def _make_row(kind: int, masked: bool) -> Any:
             return new
 
         sums = vector._loop(builder, size, ROUND, [floats(0.0)] * UNROLL, weigh)
-        total, *others = vector._pairwise(builder, sums)
-        for other in others:
-            total = builder.fadd(total, other)
+        summed = vector._pairwise(builder, sums)
+        parts = [
+            builder.extract_element(summed, ir.Constant(ir.IntType(32), i)) for i in range(UNROLL)
+        ]
+        total = parts[0]
+        for part in parts[1:]:
+            total = builder.fadd(total, part)
         return context.make_tuple(builder, signature.return_type, [peak, total])
 
     @intrinsic
