@@ -24,7 +24,7 @@ def peak_bytes() -> int:
 def main() -> None:
     tokens, threads = int(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(threads)
-    ours = OpenM1(random_weights(nano_shape(), torch.float32))
+    ours = OpenM1(random_weights(nano_shape(), torch.bfloat16))
     # Libraries load and kernels compile at first use, which is not the prompt's doing.
     ours.prefill_s(64)
     Path("/proc/self/clear_refs").write_text("5")

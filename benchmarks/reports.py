@@ -113,8 +113,8 @@ def long_contexts(threads: int) -> dict[str, Any]:
 
 
 def prefill_memory(threads: int) -> dict[str, Any]:
-    """Peak resident memory over the weights, of a 256K prompt and of one chunk, each in a process
-    of its own: the long one should need only its keys and values more."""
+    """Peak resident memory over the weights, of a 256K prompt and of one chunk (bf16), each in a
+    process of its own: the long one should need only its keys and values more."""
     from benchmarks.registry import nano_shape
 
     chunk, length = 2048, 262_144
@@ -125,7 +125,7 @@ def prefill_memory(threads: int) -> dict[str, Any]:
         out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
         peaks[tokens] = json.loads(out.stdout.splitlines()[-1])["peak_bytes"]
     config = nano_shape()
-    per_page = CachePools.page_bytes(config, 64, torch.float32)
+    per_page = CachePools.page_bytes(config, 64, torch.bfloat16)
     # One chunk's peak has its own pages and the state in it already.
     allowed = peaks[chunk] + (length - chunk) // 64 * per_page
     return {

@@ -380,3 +380,19 @@ def test_smollm2_knows_paris(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--model", "smollm2", "--max-tokens", 8)
     out = run(capsys, "generate", "The capital of France is", *arguments)
     assert out.startswith("The capital of France is Paris")
+
+
+def test_bench_measures_each_case(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--contexts", "40", "--batches", "1", "3", "--num-tokens", "2", "--repeats", "1")
+    rows = json.loads(run(capsys, "bench", *sizes, "--kernels", "torch", "--json"))
+    cases = [(row["case"], row["context"], row["batch"]) for row in rows]
+    assert cases == [("prefill", 40, 1), ("decode", 40, 1), ("decode", 40, 3)]
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+    assert "contexts" in refused(capsys, "bench", "--contexts", "0")
+
+
+def test_int8_weights_say_what_they_cost(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path
+) -> None:
+    main(["generate", "ab", "--model", str(checkpoint), "--weights", "int8", "--max-tokens", "2"])
+    assert "nats a token" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from openm1.engine.cache.hybrid import CachedSequence
 from openm1.engine.cpu_runner import CpuRunner, unsupported
 from openm1.engine.draw import BadLogits, sample_plain
 from openm1.model.cache import CachePools
+from openm1.model.int8 import Int8Matrix, quantize_int8
 from openm1.model.m1 import M1ForCausalLM
 
 from .tiny import hybrid_config, hybrid_model
@@ -201,3 +202,23 @@ def test_rows_without_a_distribution_are_named(bad: float, place: int) -> None:
     with pytest.raises(BadLogits) as caught:
         sampled(logits, [0.0, 1.0, 0.0], [-1, -1, -1], [0.5] * 3)
     assert caught.value.rows == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_int8_weights_give_what_their_full_matrices_give(dtype: torch.dtype) -> None:
+    """Against a model that holds the rounded weights in full."""
+    ids = torch.randint(0, 96, (4, 12))
+    model, full = hybrid_model(dtype, **WHOLE), hybrid_model(**WHOLE)
+    quantize_int8(model, ids)
+    state = {name: tensor.float() for name, tensor in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Matrix):
+            rows = module.rows * module.scales[..., None]
+            state[name if rows.ndim == 3 else f"{name}.weight"] = rows
+    full.load_state_dict(state)
+    runner, sequences = new_runner(model, 4, 12)
+    ours = decode_all(runner, sequences, ids)
+    difference = (ours.log_softmax(-1) - full(ids).log_softmax(-1)).abs()
+    # bf16 rounds keys and values.
+    assert difference.median() < (FP32_ERROR if dtype == torch.float32 else BF16_ERROR)
