@@ -63,6 +63,8 @@ def generate(
     no_thinking: bool = False,
     thinking_budget: int | None = None,
     thinking_grace: int | None = None,
+    repetition_stop_tokens: int = 3000,
+    repetition_stop_probability: float = 0.99,
     memory_budget: str | None = None,
     kernels: Kernels = "auto",
     json_: Annotated[bool, arg(name="json")] = False,
@@ -92,6 +94,8 @@ def generate(
         thinking=not no_thinking,
         thinking_budget=thinking_budget,
         thinking_grace=thinking_grace,
+        repetition_stop_tokens=repetition_stop_tokens,
+        repetition_stop_probability=repetition_stop_probability,
     )
     llm = LLM(model, dtype=dtype, weights=weights, config=_engine_config(memory_budget, kernels))
     if llm.int8_report is not None:
@@ -125,6 +129,8 @@ def chat(
     no_thinking: bool = False,
     thinking_budget: int | None = None,
     thinking_grace: int | None = None,
+    repetition_stop_tokens: int = 3000,
+    repetition_stop_probability: float = 0.99,
     memory_budget: str | None = None,
     kernels: Kernels = "auto",
 ) -> None:
@@ -146,6 +152,8 @@ def chat(
         thinking=not no_thinking,
         thinking_budget=thinking_budget,
         thinking_grace=thinking_grace,
+        repetition_stop_tokens=repetition_stop_tokens,
+        repetition_stop_probability=repetition_stop_probability,
     )
     llm = LLM(model, dtype=dtype, weights=weights, config=_engine_config(memory_budget, kernels))
     if llm.int8_report is not None:

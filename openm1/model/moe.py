@@ -15,6 +15,11 @@ from openm1.model.layers import Linear, linear_fp32
 DENSE_MAX_MULTIPLY_ADDS = 400_000
 
 
+# For bf16 products on a CPU a kernel is compiled, and kept, for every new shape, and an expert's share
+# of the tokens is new each time: rounded up, few shapes come back again and again.
+BF16_ROWS_MULTIPLE = 128
+
+
 class Experts(nn.Module):
     """E SwiGLU experts, stacked: w1 and w3 [E, F, C], w2 [E, C, F]."""
 
@@ -96,8 +101,11 @@ def experts_sorted(
     outputs = []
     for e, rows in enumerate(x.index_select(0, order // num_choices).split(counts)):
         if len(rows):
+            count = len(rows)
+            if rows.dtype == torch.bfloat16 and rows.device.type == "cpu":
+                rows = F.pad(rows, (0, 0, 0, -count % BF16_ROWS_MULTIPLE))
             hidden = F.silu(rows @ experts.w1[e].T) * (rows @ experts.w3[e].T)
-            outputs.append(hidden @ experts.w2[e].T)
+            outputs.append((hidden @ experts.w2[e].T)[:count])
     by_expert = torch.cat(outputs)
     # Where each token's choices went; to fetch them is quicker than to add them up in place.
     places = torch.empty_like(order)

@@ -158,20 +158,23 @@ def _attend(
     scale,
     sums,
     stats,
+    dim,
+    own,
+    own_place,
     setup,
     space,
 ):
-    """Blocks of QUERIES queries against `num_keys` keys; the first four and `space` are addresses.
+    """Blocks of QUERIES queries against `num_keys` keys, all but `limits` and `own` by address.
 
     sums [blocks, dim, QUERIES]; stats [blocks, 2, QUERIES]: peaks and totals; limits
-    [blocks, QUERIES] int64: how many of these keys each query sees. `space` has room for scores,
-    weights and parts of sums, all 64 bytes aligned: see `_space`.
+    [blocks, QUERIES] int64: how many of these keys each query sees. `own` is scratch for as many
+    int32, at `own_place`; `space` for scores, weights, parts of sums and their factors. Compiled
+    code must not take an array's address itself: numba would never free that array.
     """
-    blocks, dim, _ = sums.shape
-    own = np.empty(QUERIES, np.int32)
-    fades = np.empty(QUERIES, np.float32)
-    part = np.empty((dim, QUERIES), np.float32)
+    blocks = len(limits)
     scores, weights = space, space + 4 * QUERIES * BLOCK_KEYS
+    fades = space + 6 * QUERIES * BLOCK_KEYS
+    part = fades + 4 * QUERIES
     vector.tile_configure(setup)
     for b in range(blocks):
         most, least = limits[b].max(), limits[b].min()
@@ -185,19 +188,19 @@ def _attend(
                 own[i] = min(max(limits[b, i] - j, 0), BLOCK_KEYS)
             for half in range(2):
                 source, target = scores + 64 * half, weights + 32 * count * half
-                peaks = stats.ctypes.data + (b * 2 * QUERIES + 16 * half) * 4
-                totals, fade = peaks + 4 * QUERIES, fades.ctypes.data + 64 * half
-                limit = own.ctypes.data + 64 * half
+                peaks = stats + (b * 2 * QUERIES + 16 * half) * 4
+                totals, fade = peaks + 4 * QUERIES, fades + 64 * half
+                limit = own_place + 64 * half
                 if least < j + count:
                     _columns_masked(source, count, target, scale, peaks, totals, fade, limit)
                 else:
                     _columns(source, count, target, scale, peaks, totals, fade, limit)
             for d in range(0, dim, 32):
                 here = values + d * value_bytes + 2 * j
-                to = part.ctypes.data + 128 * d
+                to = part + 128 * d
                 vector.tile_dots_2(here, value_bytes, weights, 32 * count, count, to, 128)
-            total = sums.ctypes.data + b * dim * QUERIES * 4
-            _merge(total, part.ctypes.data, fades.ctypes.data, dim)
+            total = sums + b * dim * QUERIES * 4
+            _merge(total, part, fades, dim)
     vector.tile_release()
 
 
@@ -237,7 +240,9 @@ class TileAttention:
         size = keys.element_size()
 
         def run(group: int, part: slice) -> None:
-            space = torch.empty(QUERIES * BLOCK_KEYS * 6, dtype=torch.uint8)
+            size_of_parts = 4 * QUERIES * (1 + self.dim)
+            space = torch.empty(QUERIES * BLOCK_KEYS * 6 + size_of_parts, dtype=torch.uint8)
+            own = np.empty(QUERIES, np.int32)
             _attend(
                 self.queries[group].view(self.blocks, -1)[part].data_ptr(),
                 keys[:, group].data_ptr(),
@@ -247,8 +252,11 @@ class TileAttention:
                 len(keys),
                 limits[part],
                 scale,
-                self.sums[group].numpy()[part],
-                self.stats[group].numpy()[part],
+                self.sums[group, part].data_ptr(),
+                self.stats[group, part].data_ptr(),
+                self.dim,
+                own,
+                own.ctypes.data,
                 _TILE_SETUP.ctypes.data,
                 space.data_ptr(),
             )
