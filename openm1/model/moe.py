@@ -15,8 +15,8 @@ from openm1.model.layers import Linear, linear_fp32
 DENSE_MAX_MULTIPLY_ADDS = 400_000
 
 
-# For bf16 products on a CPU a kernel is compiled, and kept, for every new shape, and an expert's share
-# of the tokens is new each time: rounded up, few shapes come back again and again.
+# For bf16 products on a CPU a kernel is compiled, and kept, for every new shape, and an expert's
+# share of the tokens is new each time: rounded up, few shapes come back again and again.
 BF16_ROWS_MULTIPLE = 128
 
 
