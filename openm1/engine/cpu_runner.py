@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from openm1.engine.cache.hybrid import CachedSequence, Order
 from openm1.engine.draw import BadLogits, sample_plain
 from openm1.engine.runner import TorchRunner
-from openm1.kernels.cpu import decode as kernel
+from openm1.kernels.cpu import arguments as kernel
 from openm1.kernels.cpu import sample as sampler
 from openm1.kernels.cpu.blocks import SPLIT_TOKENS
 from openm1.kernels.cpu.compile import is_on_disk
+from openm1.kernels.cpu.decode import decode_step
 from openm1.kernels.cpu.team import Team
 from openm1.kernels.cpu.tiles import tiles_available
 from openm1.kernels.cpu.vector import BFLOAT16, FLOAT32, INT8, TILE_DEPTH
@@ -58,7 +59,7 @@ class CpuRunner:
         self._page_tables: WeakKeyDictionary[CachedSequence, np.ndarray] = WeakKeyDictionary()
         self._rows = self._parts = 0
         self._arguments: np.ndarray | None = None
-        if not is_on_disk(kernel.decode_step):
+        if not is_on_disk(decode_step):
             print(
                 "openm1: compiling the CPU kernels; this takes half a minute, once", file=sys.stderr
             )
@@ -83,7 +84,7 @@ class CpuRunner:
         self._make_room(len(token_ids), int(batch.first_part[-1]))
         assert self._arguments is not None
         self._arguments[kernel.BATCH : kernel.SPACE] = kernel.flatten(batch)
-        self._team.run(kernel.decode_step, self._arguments)
+        self._team.run(decode_step, self._arguments)
         return torch.from_numpy(self._logits[: len(token_ids)])
 
     def sample(
