@@ -18,7 +18,6 @@ from openm1.engine.runner import TorchRunner
 from openm1.kernels.cpu import arguments as kernel
 from openm1.kernels.cpu import sample as sampler
 from openm1.kernels.cpu.blocks import SPLIT_TOKENS
-from openm1.kernels.cpu.compile import is_on_disk
 from openm1.kernels.cpu.decode import decode_step
 from openm1.kernels.cpu.team import Team
 from openm1.kernels.cpu.tiles import tiles_available
@@ -28,9 +27,6 @@ from openm1.model.config import SOFTMAX
 from openm1.model.int8 import Int8Matrix, is_int8
 from openm1.model.lightning_attention import OUTPUT_NORM_EPS, layer_slopes
 from openm1.model.m1 import DecoderLayer, M1ForCausalLM
-
-# Logits from which on sampling is worth a second thread.
-SHARED_LOGITS = 2**16
 
 FORMATS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
 
@@ -55,11 +51,11 @@ class CpuRunner:
         self.model, self.pools = model, pools
         self._torch = TorchRunner(model, pools)
         self._team = Team(num_threads or torch.get_num_threads())
-        self._alone = Team(1)
-        self._page_tables: WeakKeyDictionary[CachedSequence, np.ndarray] = WeakKeyDictionary()
+        self._page_tables: WeakKeyDictionary[CachedSequence, tuple[np.ndarray, int]]
+        self._page_tables = WeakKeyDictionary()
         self._rows = self._parts = 0
-        self._arguments: np.ndarray | None = None
-        if not is_on_disk(decode_step):
+        self._make_sampling_room(1, self.model.config.vocab_size)
+        if not decode_step.is_on_disk:
             print(
                 "openm1: compiling the CPU kernels; this takes half a minute, once", file=sys.stderr
             )
@@ -76,14 +72,14 @@ class CpuRunner:
         self._shape, self._formats = _shape(self.model), _formats(self.model, self._head)
         self._table = _layer_table(self.model, self._head)
         self._cache = _cache_addresses(self.pools)
-        self._arguments = None
+        self._rows = self._parts = 0
 
     def decode(self, token_ids: list[int], sequences: list[CachedSequence]) -> Tensor:
         """The logits are overwritten by the next call."""
-        batch = self._batch(token_ids, sequences)
-        self._make_room(len(token_ids), int(batch.first_part[-1]))
-        assert self._arguments is not None
-        self._arguments[kernel.BATCH : kernel.SPACE] = kernel.flatten(batch)
+        positions = np.array([s.num_tokens for s in sequences], np.int64)
+        first_part = self._first_part(positions)
+        self._make_room(len(token_ids), int(first_part[-1]))
+        self._fill_batch(token_ids, sequences, positions, first_part)
         self._team.run(decode_step, self._arguments)
         return torch.from_numpy(self._logits[: len(token_ids)])
 
@@ -91,59 +87,82 @@ class CpuRunner:
         self, logits: Tensor, temperature: Tensor, draws: Tensor, given: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `draw.sample_plain`, in fp32."""
-        count, size = logits.shape
         if logits.dtype != torch.float32 or logits.stride(1) != 1:
             return sample_plain(logits, temperature, draws, given)
-        blocks = -(-size // sampler.BLOCK)
-        tokens, logprobs = np.zeros(count, np.int64), np.zeros(count, np.float64)
-        # Few logits are done before a second thread has woken up.
-        team = self._team if count * size > SHARED_LOGITS else self._alone
-        team.run(
-            sampler.sample_step,
-            logits.data_ptr(),
-            4 * logits.stride(0),
-            size,
-            temperature.numpy(),
-            draws.numpy(),
-            given.numpy(),
-            np.zeros((count, blocks), np.float32),
-            np.zeros((count, blocks), np.float64),
-            tokens,
-            logprobs,
-        )
-        if bad := np.isnan(logprobs).nonzero()[0].tolist():
-            raise BadLogits(bad)
-        return torch.from_numpy(tokens), torch.from_numpy(logprobs)
+        count, size = logits.shape
+        if count > len(self._sampling.temperature) or size > self._sampling.size:
+            self._make_sampling_room(count, size)
+        room = self._sampling
+        for column, values in (
+            (room.temperature, temperature),
+            (room.draws, draws),
+            (room.given, given),
+        ):
+            column[:count] = values.numpy()
+        header = count, logits.data_ptr(), 4 * logits.stride(0), size
+        self._sampling_arguments[: len(header), 0] = header
+        self._team.run(sampler.sample_step, self._sampling_arguments)
+        logprobs = room.logprobs[:count].copy()
+        if np.isnan(logprobs).any():
+            raise BadLogits(np.isnan(logprobs).nonzero()[0].tolist())
+        return torch.from_numpy(room.tokens[:count].copy()), torch.from_numpy(logprobs)
 
-    def _batch(self, token_ids: list[int], sequences: list[CachedSequence]) -> kernel.Batch:
-        positions = np.array([s.num_tokens for s in sequences], np.int64)
-        splits = -(-(positions + 1) // SPLIT_TOKENS)
-        first_part = np.zeros(len(sequences) + 1, np.int64)
+    def _make_sampling_room(self, rows: int, size: int) -> None:
+        rows, blocks = 2 * rows, -(-size // sampler.BLOCK)
+        self._sampling = sampler.SampleArguments(
+            num_rows=0,
+            logits=0,
+            row_bytes=0,
+            size=size,
+            temperature=np.zeros(rows),
+            draws=np.zeros(rows),
+            given=np.zeros(rows, np.int64),
+            tops=np.zeros((rows, blocks), np.float32),
+            sums=np.zeros((rows, blocks)),
+            tokens=np.zeros(rows, np.int64),
+            logprobs=np.zeros(rows),
+        )
+        self._sampling_arguments = kernel.flatten(self._sampling)
+
+    def _first_part(self, positions: np.ndarray) -> np.ndarray:
+        """How many attention parts the rows before have, [S + 1]."""
+        first_part = np.zeros(len(positions) + 1, np.int64)
         if self.model.config.softmax_layers:
+            splits = positions // SPLIT_TOKENS + 1
             np.cumsum(splits * self.model.config.num_key_value_heads, out=first_part[1:])
-        return kernel.Batch(
-            tokens=np.array(token_ids, np.int64),
-            positions=positions,
-            slots=np.array([s.slot or 0 for s in sequences], np.int64),
-            pages=np.array([self._page_table(s).ctypes.data for s in sequences], np.int64),
-            first_part=first_part,
-        )
+        return first_part
 
-    def _page_table(self, sequence: CachedSequence) -> np.ndarray:
-        """The sequence's page ids; a million tokens have too many to convert for each token."""
-        table = self._page_tables.get(sequence)
+    def _fill_batch(
+        self,
+        token_ids: list[int],
+        sequences: list[CachedSequence],
+        positions: np.ndarray,
+        first_part: np.ndarray,
+    ) -> None:
+        count, batch = len(token_ids), self._batch
+        batch.tokens[:count] = token_ids
+        batch.positions[:count] = positions
+        batch.slots[:count] = [s.slot or 0 for s in sequences]
+        batch.pages[:count] = [self._page_table(s)[1] for s in sequences]
+        batch.first_part[: count + 1] = first_part
+        self._arguments[kernel.BATCH : kernel.SPACE, 1] = [count, count, count, count, count + 1]
+
+    def _page_table(self, sequence: CachedSequence) -> tuple[np.ndarray, int]:
+        """The sequence's page ids, behind a count of those that are filled in, and the address of
+        the first: a million tokens have too many to convert for each token."""
+        known = self._page_tables.get(sequence)
         count = len(sequence.pages)
-        if table is None or table[0] > count or count >= len(table):
+        if known is None or known[0][0] > count or count >= len(known[0]):
             table = np.zeros(2 * count + 2, np.int64)
-            self._page_tables[sequence] = table
-        known = int(table[0])
-        if count > known:
-            table[1 + known : 1 + count] = sequence.pages[known:]
-            table[0] = count
-        return table[1:]
+            known = self._page_tables[sequence] = table, table[1:].ctypes.data
+        filled = int(known[0][0])
+        if count > filled:
+            known[0][1 + filled : 1 + count] = sequence.pages[filled:]
+            known[0][0] = count
+        return known
 
     def _make_room(self, rows: int, parts: int) -> None:
-        if rows <= self._rows and parts <= self._parts and self._arguments is not None:
+        if rows <= self._rows and parts <= self._parts:
             return
         self._rows = max(rows, min(2 * self._rows, rows + 64))
         self._parts = max(parts, min(2 * self._parts, parts + 4096))
@@ -156,13 +175,13 @@ class CpuRunner:
             threads=self._team.num_threads,
         )
         self._logits = np.zeros((self._rows + 4, self._shape.vocab_size), np.float32)
-        nothing = kernel.Batch(*[np.zeros(0, np.int64)] * 5)
+        self._batch = kernel.Batch(*[np.zeros(self._rows + 1, np.int64) for _ in range(5)])
         self._arguments = kernel.flatten(
             self._shape,
             self._formats,
             self._table,
             self._cache,
-            nothing,
+            self._batch,
             self._space,
             self._logits,
         )

@@ -91,7 +91,10 @@ def choose(
     Raises BadLogits with the numbers of bad rows; the others may then be tried without them.
     """
     logits, device = logits[:, :vocab_size], logits.device
-    draws = _draws(rows, stream=0)
+    if any(row.params.temperature > 0 for row in rows):
+        draws = _draws(rows, stream=0)
+    else:
+        draws = torch.zeros(len(rows), dtype=torch.float64)
     given = [-1 if row.forced is None else row.forced for row in rows]
     for index, token in _choose_special(logits, rows, draws).items():
         given[index] = token
@@ -249,18 +252,17 @@ def uniforms(seeds: list[int], steps: list[int]) -> Float[Tensor, " S"]:
 
     A counter-based generator: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) mixed twice.
     """
+    # Arrays of unsigned integers wrap without a warning.
     seed = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], dtype=np.uint64)
     step = np.array(steps, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        bits = _mix(_mix(seed) + (step + np.uint64(1)) * _GOLDEN)
+    bits = _mix(_mix(seed) + (step + np.uint64(1)) * _GOLDEN)
     return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 def child_seed(seed: int, index: int) -> int:
     """An independent seed for the index-th of several samples."""
     start = np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        return int(_mix(_mix(start) ^ np.uint64(index))[0])
+    return int(_mix(_mix(start) ^ np.uint64(index))[0])
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -112,11 +112,7 @@ class Workspace(NamedTuple):
 
 
 def flatten(*parts: NamedTuple | np.ndarray) -> np.ndarray:
-    """All fields as one array of int64, four each: a number, or an array's address and sizes.
-
-    numba takes each argument of a call apart by itself while it holds the GIL; of dozens of arrays
-    that would take longer than a layer.
-    """
+    """All fields as one array of int64, four each: a number, or an array's address and sizes."""
     fields = [f for part in parts for f in (part if isinstance(part, tuple) else (part,))]
     out = np.zeros((len(fields), 4), np.int64)
     for row, value in zip(out, fields, strict=True):
@@ -141,13 +137,19 @@ SHAPE, FORMATS, TABLE, CACHE, BATCH, SPACE, LOGITS = _first_fields(
 
 
 @piece
-def read_f1(a, field):
-    return carray(vector.pointer_f32(a[field, 0]), (a[field, 1],))
+def read_arguments(address, num_fields):
+    """What `flatten` made."""
+    return carray(vector.pointer_i64(address), (num_fields, 4))
 
 
 @piece
 def read_f2(a, field):
     return carray(vector.pointer_f32(a[field, 0]), (a[field, 1], a[field, 2]))
+
+
+@piece
+def read_d2(a, field):
+    return carray(vector.pointer_f64(a[field, 0]), (a[field, 1], a[field, 2]))
 
 
 @piece

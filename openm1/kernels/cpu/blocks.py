@@ -40,9 +40,8 @@ def share(total, thread, num_threads, block):
 
 
 @piece
-def meet(counter, target):
-    """Waits until all threads have come here: `counter` counts arrivals since the step began."""
-    vector.atomic_add(counter, 1)
+def wait_for(counter, target):
+    """Waits until others have counted up to `target`."""
     spins = 0
     while vector.atomic_load(counter) < target:
         vector.pause()
@@ -50,6 +49,13 @@ def meet(counter, target):
         if vector.HAS_YIELD and spins > 256 and spins % 32 == 0:
             # The other thread may be waiting for this very core.
             vector.give_up_core()
+
+
+@piece
+def meet(counter, target):
+    """Waits until all threads have come here: `counter` counts arrivals since the step began."""
+    vector.atomic_add(counter, ONE)
+    wait_for(counter, target)
 
 
 @piece

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from numba import njit
+from numba import njit, types
+from numba.core.ccallback import CFunc
 
 
 def _sources_stamp() -> tuple[tuple[str, float, int], ...]:
@@ -17,26 +18,48 @@ def _sources_stamp() -> tuple[tuple[str, float, int], ...]:
 
 # Sums may be reordered and contracted; infinities and NaN keep their meaning. Division by zero
 # gives infinity: a check for it in a loop would keep it from being vectorised.
-_OPTIONS = {
-    "nogil": True,
-    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
-    "error_model": "numpy",
-}
+_OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy"}
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """What Python calls: compiled at the first call, its machine code kept on disk."""
-    compiled = njit(cache=True, **_OPTIONS)(function)
-    # numba looks at the function's own file only, but the pieces lie in others: what was kept must
-    # not outlive a change in any of them.
-    compiled._cache._cache_file._source_stamp = _sources_stamp()
+    compiled = njit(cache=True, nogil=True, **_OPTIONS)(function)
+    _keep_while_fresh(compiled)
     return compiled
 
 
-def is_on_disk(compiled: Any) -> bool:
-    """Whether machine code of a kernel was kept, so that its first call is quick."""
-    return bool(compiled._cache._cache_file._load_index())
+def _keep_while_fresh(compiled: Any) -> None:
+    # numba looks at the function's own file only, but the pieces lie in others: what was kept must
+    # not outlive a change in any of them.
+    compiled._cache._cache_file._source_stamp = _sources_stamp()
+
+
+class Job:
+    """What a `Team` runs: job(thread, num_threads, counter, arguments), all int64.
+
+    `counter` is the address of a zero that its barriers count up, `arguments` that of whatever the
+    job reads. It must not raise. Compiled when first asked for its address; kept on disk.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._compiled = CFunc(function, ((types.int64,) * 4, types.void), {}, dict(_OPTIONS))
+        self._compiled.enable_caching()
+        _keep_while_fresh(self._compiled)
+        self._address: int | None = None
+
+    @property
+    def address(self) -> int:
+        if self._address is None:
+            self._compiled.compile()
+            self._address = self._compiled.address
+        assert self._address is not None
+        return self._address
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether machine code was kept, so that the first run is quick."""
+        return bool(self._compiled._cache._cache_file._load_index())  # pyright: ignore
 
 
 # A piece of a kernel, called by compiled code only: no wrapper for Python is compiled.
-piece = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
+piece = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)

@@ -26,6 +26,7 @@ from openm1.kernels.cpu.arguments import (
     W1,
     W2,
     W3,
+    read_arguments,
     read_batch,
     read_cache,
     read_f2,
@@ -58,7 +59,7 @@ from openm1.kernels.cpu.blocks import (
     sort_by_expert,
     store_row,
 )
-from openm1.kernels.cpu.compile import kernel, piece
+from openm1.kernels.cpu.compile import Job, piece
 from openm1.kernels.cpu.vector import FLOAT32
 
 
@@ -344,12 +345,13 @@ def _bytes(kind):
     return 4 if kind == FLOAT32 else 2 if kind == vector.BFLOAT16 else 1
 
 
-@kernel
-def decode_step(thread, threads, counter, arguments):
+@Job
+def decode_step(thread, threads, counter, address):
     """Logits [S, V] of the next tokens; the cache then holds these tokens.
 
-    `arguments` are Shape, Formats, LayerTable, Cache, Batch, Workspace and the logits, flattened.
+    At the address are Shape, Formats, LayerTable, Cache, Batch, Workspace and logits, flattened.
     """
+    arguments = read_arguments(address, LOGITS + 1)
     shape, formats, cache = read_shape(arguments), read_formats(arguments), read_cache(arguments)
     table, batch = read_table(arguments), read_batch(arguments)
     space, logits = read_workspace(arguments), read_f2(arguments, LOGITS)

@@ -3,12 +3,21 @@ most: largest, sum of exponentials, and for a draw the block it falls into."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import carray
 
 from openm1.kernels.cpu import vector
+from openm1.kernels.cpu.arguments import (
+    read_arguments,
+    read_d1,
+    read_d2,
+    read_f2,
+    read_i1,
+)
 from openm1.kernels.cpu.blocks import meet, share
-from openm1.kernels.cpu.compile import kernel, piece
+from openm1.kernels.cpu.compile import Job, piece
 from openm1.kernels.cpu.vector import LANES
 
 # Logits that one thread looks at before it takes others. Fixed, so that the order of the sums does
@@ -79,27 +88,36 @@ def draw(row, size, best, inverse, sums, target):
     return draw_in_block(row, first, min(first + BLOCK, size), best, inverse, target)
 
 
-@kernel
-def sample_step(
-    thread,
-    threads,
-    counter,
-    logits,
-    row_bytes,
-    size,
-    temperature,
-    draws,
-    given,
-    tops,
-    sums,
-    tokens,
-    logprobs,
-):
+class SampleArguments(NamedTuple):
+    """Rows in excess of `num_rows` are not looked at; `tops` and `sums` are scratch."""
+
+    num_rows: int
+    logits: int  # address of the first row
+    row_bytes: int
+    size: int
+    temperature: np.ndarray  # [S] fp64
+    draws: np.ndarray  # [S] fp64
+    given: np.ndarray  # [S] int64, a token that is only scored, or -1
+    tops: np.ndarray  # [S, blocks]
+    sums: np.ndarray  # [S, blocks] fp64
+    tokens: np.ndarray  # [S] int64, written
+    logprobs: np.ndarray  # [S] fp64, written
+
+
+NUM_FIELDS = len(SampleArguments._fields)
+
+
+@Job
+def sample_step(thread, threads, counter, address):
     """As `engine.draw.sample_plain`. Rows that have no distribution get log-probability NaN.
 
-    `logits` is the address of the first row; `tops` and `sums` are scratch [S, blocks].
+    At the address are SampleArguments, flattened.
     """
-    count, blocks = temperature.size, tops.shape[1]
+    a = read_arguments(address, NUM_FIELDS)
+    count, logits, row_bytes, size = a[0, 0], a[1, 0], a[2, 0], a[3, 0]
+    temperature, draws, given = read_d1(a, 4), read_d1(a, 5), read_i1(a, 6)
+    tops, sums, tokens, logprobs = read_f2(a, 7), read_d2(a, 8), read_i1(a, 9), read_d1(a, 10)
+    blocks = (size + BLOCK - 1) // BLOCK
     first, stop = share(count * blocks, thread, threads, 1)
     for unit in range(first, stop):
         s, block = unit // blocks, unit % blocks
@@ -108,22 +126,23 @@ def sample_step(
     meet(counter, threads)
     for unit in range(first, stop):
         s, block = unit // blocks, unit % blocks
-        begin, best = block * BLOCK, best_of(tops[s])
+        begin, best = block * BLOCK, best_of(tops[s, :blocks])
         sums[s, block] = weigh(
             logits + s * row_bytes, begin, min(begin + BLOCK, size), best, inverse(temperature[s])
         )
     meet(counter, 2 * threads)
     first, stop = share(count, thread, threads, 1)
     for s in range(first, stop):
-        row, best = logits + s * row_bytes, best_of(tops[s])
+        row, best = logits + s * row_bytes, best_of(tops[s, :blocks])
         if not np.isfinite(best):
             logprobs[s] = np.nan
             continue
-        total = sums[s].sum()
+        total = sums[s, :blocks].sum()
         if given[s] >= 0:
             tokens[s] = given[s]
         elif temperature[s] > 0:
-            tokens[s] = draw(row, size, best, inverse(temperature[s]), sums[s], draws[s] * total)
+            scale, target = inverse(temperature[s]), draws[s] * total
+            tokens[s] = draw(row, size, best, scale, sums[s, :blocks], target)
         else:
             block = 0
             while tops[s, block] != best:

@@ -418,6 +418,17 @@ def atomic_add(typingctx, address, amount):
 
 
 @intrinsic
+def atomic_exchange(typingctx, address, value):
+    """Writes the int64 at `address`, all threads seeing one order; returns what it was."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], _I64.as_pointer())
+        return builder.atomic_rmw("xchg", pointer, args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
 def atomic_load(typingctx, address):
     """The int64 at `address`, with everything its writer wrote before it."""
 
@@ -438,6 +449,18 @@ def pause(typingctx):
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def call_job(typingctx, function, thread, num_threads, counter, arguments):
+    """Calls the machine code at address `function`; see `compile.job`."""
+
+    def codegen(context, builder, signature, args):
+        pointer = ir.FunctionType(ir.VoidType(), [_I64] * 4).as_pointer()
+        builder.call(builder.inttoptr(args[0], pointer), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
 
 
 # The tile unit (AMX) multiplies 16 rows of 32 bf16 weights with 32 x 16 activations at a time.
