@@ -17,13 +17,15 @@ from .tiny import hybrid_config, hybrid_model
 # Random layers amplify what the order of sums does to the last bits.
 FP32_ERROR = 2e-4
 BF16_ERROR = 0.05
-PAGE_TOKENS = 8
 # Whole tiles of the tile unit, where there is one.
 WHOLE = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 8}  # fmt: skip
+# Whole tiles in attention too, whose pages must then hold as many keys.
+WIDE = WHOLE | {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
 SHAPES = {
     "hybrid": {},
     "whole tiles": WHOLE,
+    "whole tiles, heads too": WIDE,
     "wide heads": {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 80},
     "one query a group": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 20},
     "llama": {
@@ -44,12 +46,13 @@ def new_runner(
     model: M1ForCausalLM, rows: int, tokens: int, threads: int = 1
 ) -> tuple[CpuRunner, list[CachedSequence]]:
     """Sequences with shuffled pages and slots in poisoned pools; states start from zero."""
-    each = -(-tokens // PAGE_TOKENS)
+    page_tokens = 32 if model.config.head_dim == 64 else 8
+    each = -(-tokens // page_tokens)
     pools = CachePools(
         model.config,
         num_pages=rows * each + 3,
         num_slots=rows + 2,
-        page_tokens=PAGE_TOKENS,
+        page_tokens=page_tokens,
         dtype=model.dtype,
     )
     for table in (pools.keys, pools.values, pools.states):
@@ -106,7 +109,7 @@ def test_contexts_longer_than_one_split_agree_too() -> None:
     )
 
 
-@pytest.mark.parametrize("shape", ["hybrid", "whole tiles", "llama"])
+@pytest.mark.parametrize("shape", ["hybrid", "whole tiles", "whole tiles, heads too", "llama"])
 @torch.inference_mode()
 def test_bf16_weights_are_closer_to_fp32_than_bf16_activations_are(shape: str) -> None:
     """Of a model whose weights are exact in bf16, so that only arithmetic differs."""
@@ -115,8 +118,9 @@ def test_bf16_weights_are_closer_to_fp32_than_bf16_activations_are(shape: str) -
         parameter.copy_(parameter.bfloat16().float())
     short = hybrid_model(torch.bfloat16, **SHAPES[shape])
     short.load_state_dict(model.state_dict())
-    ids = torch.randint(0, 96, (4, 15))
-    runner, sequences = new_runner(short, 4, 15)
+    # More rows than a tile has, so that an expert may get more, too.
+    ids = torch.randint(0, 96, (40, 35))
+    runner, sequences = new_runner(short, 40, 35)
     exact = model(ids).log_softmax(-1)
     ours = (decode_all(runner, sequences, ids).log_softmax(-1) - exact).abs()
     torchs = (short(ids).log_softmax(-1) - exact).abs()
@@ -126,15 +130,15 @@ def test_bf16_weights_are_closer_to_fp32_than_bf16_activations_are(shape: str) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", ["hybrid", "whole tiles"])
+@pytest.mark.parametrize("shape", ["hybrid", "whole tiles", "whole tiles, heads too"])
 @torch.inference_mode()
 def test_company_and_threads_change_no_bit(shape: str, dtype: torch.dtype) -> None:
     model = hybrid_model(dtype, **SHAPES[shape])
-    ids = torch.randint(0, 96, (19, 12))
-    alone = [decode_all(*new_runner(model, 1, 12), ids[row : row + 1]) for row in range(19)]
-    for rows, threads in ((19, 1), (19, 2), (3, 2), (2, 1)):
-        together = decode_all(*new_runner(model, rows, 12, threads), ids[:rows])
-        assert torch.equal(together, torch.cat(alone[:rows]))
+    ids = torch.randint(0, 96, (70, 36))
+    alone = [decode_all(*new_runner(model, 1, 36), ids[row : row + 1]) for row in range(19)]
+    for rows, threads in ((70, 2), (33, 1), (19, 1), (19, 2), (3, 2), (2, 1)):
+        together = decode_all(*new_runner(model, rows, 36, threads), ids[:rows])
+        assert torch.equal(together[:19], torch.cat(alone[:rows]))
 
 
 @torch.inference_mode()

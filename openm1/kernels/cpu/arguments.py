@@ -107,7 +107,8 @@ class Workspace(NamedTuple):
     places: np.ndarray  # [threads, S, K] int64
     scores: np.ndarray  # [threads, H / G, SPLIT_TOKENS]
     vector: np.ndarray  # [threads, max(C, H D)]
-    square: np.ndarray  # [threads, ROW_BLOCK, ROW_BLOCK]
+    square: np.ndarray  # [threads, 2 ROW_BLOCK, ROW_BLOCK]
+    query: np.ndarray  # uint16 [threads, 16 D], queries of one key/value head as tiles
     tile_setup: np.ndarray  # 64 bytes, read by address only
 
 
@@ -180,6 +181,11 @@ def read_i3(a, field):
 @piece
 def read_u1(a, field):
     return carray(vector.pointer_u16(a[field, 0]), (a[field, 1],))
+
+
+@piece
+def read_u2(a, field):
+    return carray(vector.pointer_u16(a[field, 0]), (a[field, 1], a[field, 2]))
 
 
 @piece
@@ -264,7 +270,8 @@ def read_workspace(a):
         read_f3(a, n + 20),
         read_f2(a, n + 21),
         read_f3(a, n + 22),
-        read_u1(a, n + 23),
+        read_u2(a, n + 23),
+        read_u1(a, n + 24),
     )
 
 
@@ -312,6 +319,7 @@ def make_workspace(
         places=np.zeros((threads, s, top_k), np.int64),
         scores=floats(threads, in_fours, SPLIT_TOKENS),
         vector=floats(threads, max(size, heads)),
-        square=floats(threads, ROW_BLOCK, ROW_BLOCK),
+        square=floats(threads, 2 * ROW_BLOCK, ROW_BLOCK),
+        query=np.zeros((threads, 16 * shape.head_dim), np.uint16),
         tile_setup=setup,
     )

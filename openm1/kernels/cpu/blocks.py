@@ -105,12 +105,9 @@ def pack_tiles(row, first, stop, size, index, packed):
     `packed` holds groups of 16 inputs; in a group, blocks of 32 columns; in a block, 16 pairs of
     columns, each pair of all 16 inputs side by side.
     """
-    base = (index // 16) * 16 * size + (index % 16) * 2
+    to = address_of(packed) + 2 * ((index // 16) * 16 * size + (index % 16) * 2)
     for block in range(first // 32, stop // 32):
-        columns, to = row[32 * block : 32 * block + 32], packed[base + 512 * block :]
-        for pair in range(16):
-            to[32 * pair] = to_bf16(columns[2 * pair])
-            to[32 * pair + 1] = to_bf16(columns[2 * pair + 1])
+        vector.pack_block(address_of(row) + 128 * block, to + 1024 * block)
 
 
 @piece
@@ -153,23 +150,63 @@ def dot_rows(kind, w, w_stride, scales, count, x, x_stride, num_inputs, size, ou
 
 
 @piece
+def tile_products(w, w_stride, packed, group_bytes, m, num_inputs, size, out):
+    """out[n, i] = w[n] . x[m + i] for ROW_BLOCK rows; returns how many inputs were taken, 16 or 32.
+
+    `out` is the address of ROW_BLOCK rows of as many floats.
+    """
+    here = packed + (m // 16) * group_bytes
+    if m + 16 < num_inputs:
+        vector.tile_dots_2(w, w_stride, here, group_bytes, size, out, 4 * ROW_BLOCK)
+        return 32
+    vector.tile_dots_1(w, w_stride, here, group_bytes, size, out, 4 * ROW_BLOCK)
+    return 16
+
+
+@piece
 def tile_rows(w, w_stride, packed, num_inputs, size, out, out_stride, scratch):
     """`dot_rows` for ROW_BLOCK rows of bf16 weights and packed inputs, by the tile unit."""
-    group_bytes = 32 * size
     m = 0
+    products, turned = address_of(scratch), address_of(scratch[ROW_BLOCK:])
     while m < num_inputs:
-        here = packed + (m // 16) * group_bytes
-        if m + 16 < num_inputs:
-            width = 32
-            vector.tile_dots_2(w, w_stride, here, group_bytes, size, address_of(scratch), 128)
-        else:
-            width = 16
-            vector.tile_dots_1(w, w_stride, here, group_bytes, size, address_of(scratch), 128)
+        width = tile_products(w, w_stride, packed, 32 * size, m, num_inputs, size, products)
+        for i in range(0, width, 16):
+            for n in range(0, ROW_BLOCK, 16):
+                vector.transpose_tile(
+                    products + 4 * (n * ROW_BLOCK + i), turned + 4 * (i * ROW_BLOCK + n)
+                )
         for i in range(min(width, num_inputs - m)):
             row = carray(vector.pointer_f32(out + (m + i) * out_stride), (ROW_BLOCK,))
-            for n in range(ROW_BLOCK):
-                row[n] = scratch[n, i]
+            copy_row(scratch[ROW_BLOCK + i], row)
         m += width
+
+
+@piece
+def tile_swiglu(w1, w3, w_stride, packed, num_inputs, size, first, stop, width, out, scratch):
+    """silu(W1 x) * W3 x for columns first to stop of `width`, packed again at `out`.
+
+    Products come out with a row for each column: two rows side by side are how the next product
+    takes them.
+    """
+    gate, up = scratch[:ROW_BLOCK], scratch[ROW_BLOCK:]
+    for n in range(first, stop, ROW_BLOCK):
+        a, b, m = w1 + n * w_stride, w3 + n * w_stride, 0
+        while m < num_inputs:
+            products = address_of(gate)
+            taken = tile_products(a, w_stride, packed, 32 * size, m, num_inputs, size, products)
+            products = address_of(up)
+            tile_products(b, w_stride, packed, 32 * size, m, num_inputs, size, products)
+            for i in range(0, taken, 16):
+                block = out + 2 * (m + i) * width + 32 * n
+                for pair in range(ROW_BLOCK // 2):
+                    words = carray(vector.pointer_u32(block + 64 * pair), (16,))
+                    gate_0, gate_1 = gate[2 * pair, i : i + 16], gate[2 * pair + 1, i : i + 16]
+                    up_0, up_1 = up[2 * pair, i : i + 16], up[2 * pair + 1, i : i + 16]
+                    for lane in range(16):
+                        low = to_bf16(silu(gate_0[lane]) * up_0[lane])
+                        high = to_bf16(silu(gate_1[lane]) * up_1[lane])
+                        words[lane] = np.uint32(low) | np.uint32(high) << np.uint32(16)
+            m += taken
 
 
 @piece
@@ -216,11 +253,16 @@ def sigmoid_rows(out, num_inputs, first, stop):
 
 
 @piece
+def silu(x):
+    return x / (np.float32(1.0) + vector.exp_f32(-x))
+
+
+@piece
 def silu_rows(out, num_inputs, first, stop):
     for m in range(num_inputs):
         row = out[m, first:stop]
         for n in range(row.size):
-            row[n] = row[n] / (np.float32(1.0) + vector.exp_f32(-row[n]))
+            row[n] = silu(row[n])
 
 
 @piece
@@ -249,13 +291,58 @@ def rotate(head, cosines, sines):
 
 
 @piece
+def largest(address, count):
+    """Of `count` floats; NaN if any is NaN."""
+    whole = count // LANES * LANES
+    best = vector.largest_f32(address, whole)
+    rest = carray(vector.pointer_f32(address + 4 * whole), (count - whole,))
+    for value in rest:
+        # A NaN on either side stays.
+        if value > best or value != value:
+            best = value
+    return best
+
+
+@piece
+def score_tiles(keys, row_bytes, count, packed, num_queries, dim, scores, begin, scratch):
+    """scores[r, begin + n] = q[r] . key[n] for up to 16 packed queries, by the tile unit.
+
+    Keys are read in blocks of ROW_BLOCK; what lies behind the last one is read and not used.
+    """
+    products, turned = address_of(scratch), address_of(scratch[ROW_BLOCK:])
+    for n in range(0, count, ROW_BLOCK):
+        at = keys + n * row_bytes
+        vector.tile_dots_1(at, row_bytes, packed, ZERO, dim, products, 4 * ROW_BLOCK)
+        for half in range(0, ROW_BLOCK, 16):
+            vector.transpose_tile(products + 4 * half * ROW_BLOCK, turned + 4 * half)
+        for r in range(num_queries):
+            copy_row(scratch[ROW_BLOCK + r], scores[r, begin + n : begin + n + ROW_BLOCK])
+
+
+@piece
 def attend_split(
-    kind, keys, values, row_bytes, pages, page_tokens, first, stop, q, num_queries, dim, scores, out
+    kind,
+    keys,
+    values,
+    row_bytes,
+    pages,
+    page_tokens,
+    first,
+    stop,
+    q,
+    num_queries,
+    dim,
+    scores,
+    out,
+    tiles,
+    packed,
+    scratch,
 ):
     """Softmax attention of one key/value head's queries over tokens first to stop.
 
     `keys` and `values` are addresses of the head's row of token 0 of page 0; `row_bytes` separates
-    tokens. out[r] = [sum of weights times values | largest score | sum of weights].
+    tokens. out[r] = [sum of weights times values | largest score | sum of weights]. With `tiles`,
+    which needs pages of whole ROW_BLOCKs, queries are taken from `packed`.
     """
     count, scale = stop - first, np.float32(1.0) / np.sqrt(np.float32(dim))
     q_stride, score_stride, out_stride = 4 * dim, 4 * scores.shape[1], 4 * out.shape[1]
@@ -264,22 +351,25 @@ def attend_split(
         inside = token % page_tokens
         run = min(page_tokens - inside, stop - token)
         at = keys + (pages[token // page_tokens] * page_tokens + inside) * row_bytes
-        to = address_of(scores) + 4 * (token - first)
-        dot_rows(kind, at, row_bytes, ZERO, run, q, q_stride, num_queries, dim, to, score_stride)
+        begin = token - first
+        if tiles:
+            score_tiles(at, row_bytes, run, packed, num_queries, dim, scores, begin, scratch)
+        else:
+            to = address_of(scores) + 4 * begin
+            dot_rows(
+                kind, at, row_bytes, ZERO, run, q, q_stride, num_queries, dim, to, score_stride
+            )
         token += run
     for r in range(num_queries):
-        row = scores[r]
-        largest = np.float32(-np.inf)
-        for i in range(count):
-            row[i] *= scale
-            largest = max(largest, row[i])
+        row = scores[r, :count]
+        best = largest(address_of(row), count)
         total = np.float32(0.0)
-        for i in range(count):
-            row[i] = vector.exp_f32(row[i] - largest)
+        for i in range(row.size):
+            row[i] = vector.exp_f32((row[i] - best) * scale)
             total += row[i]
         for d in range(dim):
             out[r, d] = 0.0
-        out[r, dim], out[r, dim + 1] = largest, total
+        out[r, dim], out[r, dim + 1] = best * scale, total
     token = first
     while token < stop:
         inside = token % page_tokens
@@ -330,14 +420,14 @@ def sum_values(kind, p, p_stride, v, v_stride, count, out, out_stride, num_queri
 @piece
 def merge_splits(parts, first, stop, r, dim, out):
     """Puts the splits' partial attentions of one query together."""
-    largest = np.float32(-np.inf)
+    best = np.float32(-np.inf)
     for i in range(first, stop):
-        largest = max(largest, parts[i, r, dim])
+        best = max(best, parts[i, r, dim])
     total = np.float32(0.0)
     for d in range(dim):
         out[d] = 0.0
     for i in range(first, stop):
-        weight = vector.exp_f32(parts[i, r, dim] - largest)
+        weight = vector.exp_f32(parts[i, r, dim] - best)
         total += weight * parts[i, r, dim + 1]
         for d in range(dim):
             out[d] += weight * parts[i, r, d]

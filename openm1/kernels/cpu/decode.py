@@ -58,9 +58,16 @@ from openm1.kernels.cpu.blocks import (
     silu_rows,
     sort_by_expert,
     store_row,
+    tile_swiglu,
 )
 from openm1.kernels.cpu.compile import Job, piece
-from openm1.kernels.cpu.vector import FLOAT32
+from openm1.kernels.cpu.vector import FLOAT32, TILE_ROWS
+
+
+@piece
+def share_tokens(formats, count, thread, threads):
+    """This thread's tokens. Sixteen packed inputs share cache lines, so they stay together."""
+    return share(count, thread, threads, TILE_ROWS if formats.tiles else 1)
 
 
 @piece
@@ -138,7 +145,7 @@ def lightning_layer(
     target += threads
     meet(counter, target)
 
-    first, stop = share(count, thread, threads, 1)
+    first, stop = share_tokens(formats, count, thread, threads)
     weight = space.vector[thread]
     if first < stop:
         load_row(formats.norm, table.addresses[layer, NORM_OUT], size, weight)
@@ -182,7 +189,7 @@ def softmax_layer(
     element = 4 if formats.cache == FLOAT32 else 2
     keys = cache.keys + table.ordinal[layer] * cache.layer_bytes
     values = cache.values + table.ordinal[layer] * cache.layer_bytes
-    first, stop = share(count, thread, threads, 1)
+    first, stop = share_tokens(formats, count, thread, threads)
     for s in range(first, stop):
         row = space.projected[s]
         for head in range(shape.num_heads + groups):
@@ -195,6 +202,8 @@ def softmax_layer(
     target += threads
     meet(counter, target)
 
+    tiles = formats.tiles and formats.cache == vector.BFLOAT16 and queries <= 16
+    tiles = tiles and dim % 32 == 0 and cache.page_tokens % ROW_BLOCK == 0
     first, stop = share(batch.first_part[count], thread, threads, 1)
     s = 0
     for part in range(first, stop):
@@ -204,6 +213,12 @@ def softmax_layer(
         splits = (length + SPLIT_TOKENS - 1) // SPLIT_TOKENS
         group = (part - batch.first_part[s]) // splits
         begin = (part - batch.first_part[s]) % splits * SPLIT_TOKENS
+        if tiles:
+            for r in range(queries):
+                at = (group * queries + r) * dim
+                pack_tiles(
+                    space.projected[s, at : at + dim], ZERO, dim, dim, r, space.query[thread]
+                )
         attend_split(
             formats.cache,
             keys + group * dim * element,
@@ -218,11 +233,14 @@ def softmax_layer(
             dim,
             space.scores[thread],
             space.parts[part],
+            tiles,
+            address_of(space.query[thread]),
+            space.square[thread],
         )
     target += threads
     meet(counter, target)
 
-    first, stop = share(count, thread, threads, 1)
+    first, stop = share_tokens(formats, count, thread, threads)
     for s in range(first, stop):
         splits = (batch.first_part[s + 1] - batch.first_part[s]) // groups
         for head in range(shape.num_heads):
@@ -268,13 +286,15 @@ def expert_layer(thread, threads, counter, target, shape, formats, table, layer,
     align = 16 if formats.tiles else 4
     # Each thread sorts for itself: it is less work than waiting for another to do it.
     sort_by_expert(space.chosen, count, top_k, shape.num_experts, align, starts, counts, places)
-    first, stop = share(count, thread, threads, 1)
-    for s in range(first, stop):
+    for s in range(count):
         for k in range(top_k):
-            place = places[s, k]
-            copy_row(space.x[s], space.rows[place])
+            # By expert, not by token: rows of one expert share cache lines.
+            if space.chosen[s, k] % threads != thread:
+                continue
             if formats.tiles:
-                pack_tiles(space.x[s], ZERO, size, size, place, space.packed)
+                pack_tiles(space.x[s], ZERO, size, size, places[s, k], space.packed)
+            else:
+                copy_row(space.x[s], space.rows[places[s, k]])
     target += threads
     meet(counter, target)
 
@@ -282,30 +302,42 @@ def expert_layer(thread, threads, counter, target, shape, formats, table, layer,
     for e in range(shape.num_experts):
         if counts[e] == 0:
             continue
-        begin = starts[e]
-        for column, to in ((W1, space.gate), (W3, space.up)):
-            project(
-                formats.linear,
-                table.addresses[layer, column] + e * width * size * _bytes(formats.linear),
-                table.scales[layer, column] + 4 * e * width,
-                first,
-                stop,
-                space.rows[begin:],
+        begin, matrix = starts[e], e * width * size * _bytes(formats.linear)
+        if formats.tiles:
+            tile_swiglu(
+                table.addresses[layer, W1] + matrix,
+                table.addresses[layer, W3] + matrix,
+                2 * size,
+                address_of(space.packed) + 2 * begin * size,
                 counts[e],
                 size,
-                address_of(to[begin:]),
-                4 * width,
-                formats.tiles,
-                address_of(space.packed) + 2 * begin * size,
+                first,
+                stop,
+                width,
+                address_of(space.packed_up) + 2 * begin * width,
                 space.square[thread],
+            )
+            continue
+        for column, to in ((W1, space.gate), (W3, space.up)):
+            at, scale = table.addresses[layer, column], table.scales[layer, column]
+            dot_rows(
+                formats.linear,
+                at + matrix + first * size * _bytes(formats.linear),
+                size * _bytes(formats.linear),
+                scale + 4 * (e * width + first),
+                stop - first,
+                address_of(space.rows[begin:]),
+                4 * size,
+                counts[e],
+                size,
+                address_of(to[begin:]) + 4 * first,
+                4 * width,
             )
         silu_rows(space.gate[begin:], counts[e], first, stop)
         for row in range(begin, begin + counts[e]):
             up, gate = space.up[row, first:stop], space.gate[row, first:stop]
             for i in range(up.size):
                 up[i] *= gate[i]
-            if formats.tiles:
-                pack_tiles(space.up[row], first, stop, width, row, space.packed_up)
     target += threads
     meet(counter, target)
 
@@ -359,7 +391,7 @@ def decode_step(thread, threads, counter, address):
     if formats.tiles:
         vector.tile_configure(address_of(space.tile_setup))
     count, size = batch.tokens.size, shape.hidden_size
-    first, stop = share(count, thread, threads, 1)
+    first, stop = share_tokens(formats, count, thread, threads)
     columns = share(size, thread, threads, ROW_BLOCK)
     embed(shape, formats, table, batch, space, first, stop)
     for layer in range(table.full.size):

@@ -16,26 +16,12 @@ from openm1.kernels.cpu.arguments import (
     read_f2,
     read_i1,
 )
-from openm1.kernels.cpu.blocks import meet, share
+from openm1.kernels.cpu.blocks import largest, meet, share
 from openm1.kernels.cpu.compile import Job, piece
-from openm1.kernels.cpu.vector import LANES
 
 # Logits that one thread looks at before it takes others. Fixed, so that the order of the sums does
 # not depend on the number of threads.
 BLOCK = 4096
-
-
-@piece
-def largest(row, first, stop):
-    """NaN if any is NaN."""
-    whole = (stop - first) // LANES * LANES
-    best = vector.largest_f32(row + 4 * first, whole)
-    rest = carray(vector.pointer_f32(row + 4 * (first + whole)), (stop - first - whole,))
-    for value in rest:
-        # A NaN on either side stays.
-        if value > best or value != value:
-            best = value
-    return best
 
 
 @piece
@@ -122,7 +108,8 @@ def sample_step(thread, threads, counter, address):
     for unit in range(first, stop):
         s, block = unit // blocks, unit % blocks
         begin = block * BLOCK
-        tops[s, block] = largest(logits + s * row_bytes, begin, min(begin + BLOCK, size))
+        row = logits + s * row_bytes + 4 * begin
+        tops[s, block] = largest(row, min(BLOCK, size - begin))
     meet(counter, threads)
     for unit in range(first, stop):
         s, block = unit // blocks, unit % blocks

@@ -24,8 +24,10 @@ Value = Any
 # Weight formats, as the kernels see them.
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2
 
+_FEATURES = llvm.get_host_cpu_features()
 # Floats per vector: an AVX-512 register, else two of half the width or four of a quarter.
-LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
+LANES = 16 if _FEATURES.get("avx512f") else 8
+HAS_TILES = bool(_FEATURES.get("amx-tile") and _FEATURES.get("amx-bf16"))
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _F32 = ir.FloatType()
@@ -357,6 +359,16 @@ def pointer_u16(typingctx, address):
 
 
 @intrinsic
+def pointer_u32(typingctx, address):
+    """An address as a pointer to uint32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], _I32.as_pointer())
+
+    return types.CPointer(types.uint32)(types.int64), codegen
+
+
+@intrinsic
 def pointer_i64(typingctx, address):
     """An address as a pointer to int64."""
 
@@ -469,7 +481,10 @@ _POINTER = _I8.as_pointer()
 
 
 def _tile(builder: Value, name: str, *args: Value | int) -> None:
-    """A tile instruction; plain integers are tile numbers."""
+    """A tile instruction; plain integers are tile numbers. Nothing where there is no tile unit:
+    the code around it is compiled there too, and never runs."""
+    if not HAS_TILES:
+        return
     values = [ir.Constant(_I8, a) if isinstance(a, int) else a for a in args]
     _call(builder, f"llvm.x86.{name}", ir.VoidType(), values)
 
@@ -538,6 +553,75 @@ def tile_release(typingctx):
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+# Vectors of as many lanes as a tile has rows, whatever this CPU's registers hold.
+_FLOATS, _WORDS = ir.VectorType(_F32, TILE_ROWS), ir.VectorType(_I32, TILE_ROWS)
+
+
+def _words(values: Sequence[int]) -> Value:
+    return ir.Constant(ir.VectorType(_I32, len(values)), list(values))
+
+
+def _row_at(builder: Value, address: Value, offset: int) -> Value:
+    return builder.inttoptr(builder.add(address, _const(offset)), _FLOATS.as_pointer())
+
+
+def _as_bf16(builder: Value, x: Value) -> Value:
+    """Floats as 32-bit words whose upper halves are the nearest bf16, ties to even; NaN stays."""
+
+    def many(value: int) -> Value:
+        return _words([value] * TILE_ROWS)
+
+    bits = builder.bitcast(x, _WORDS)
+    odd = builder.and_(builder.lshr(bits, many(16)), many(1))
+    rounded = builder.add(builder.add(bits, many(0x7FFF)), odd)
+    is_nan = builder.fcmp_unordered("uno", x, x)
+    return builder.select(is_nan, many(0x7FC00000), rounded)
+
+
+@intrinsic
+def pack_block(typingctx, source, target):
+    """32 floats as 16 words of two bf16 each, a word every 64 bytes."""
+
+    def codegen(context, builder, signature, args):
+        halves = [builder.load(_row_at(builder, args[0], at), align=4) for at in (0, 64)]
+
+        def every_other(start: int) -> Value:
+            lanes = _words(range(start, 2 * TILE_ROWS, 2))
+            return _as_bf16(builder, builder.shuffle_vector(*halves, lanes))
+
+        low = builder.lshr(every_other(0), _words([16] * TILE_ROWS))
+        high = builder.and_(every_other(1), _words([0xFFFF0000] * TILE_ROWS))
+        words = builder.or_(low, high)
+        for lane in range(TILE_ROWS):
+            word = builder.extract_element(words, ir.Constant(_I32, lane))
+            at = builder.add(args[1], _const(64 * lane))
+            builder.store(word, builder.inttoptr(at, _I32.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def transpose_tile(typingctx, source, target):
+    """16 rows of 16 floats, rows here and there 128 bytes apart."""
+
+    def codegen(context, builder, signature, args):
+        rows = [builder.load(_row_at(builder, args[0], 128 * i), align=4) for i in range(TILE_ROWS)]
+        # Swaps blocks of one, two, four and eight across the diagonal.
+        for size in (1, 2, 4, 8):
+            upper = [n if not n & size else TILE_ROWS + n - size for n in range(TILE_ROWS)]
+            lower = [n + size if not n & size else TILE_ROWS + n for n in range(TILE_ROWS)]
+            for i in (i for i in range(TILE_ROWS) if not i & size):
+                pair = rows[i], rows[i + size]
+                rows[i] = builder.shuffle_vector(*pair, _words(upper))
+                rows[i + size] = builder.shuffle_vector(*pair, _words(lower))
+        for i, row in enumerate(rows):
+            builder.store(row, _row_at(builder, args[1], 128 * i), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 HAS_YIELD = sys.platform != "win32"
