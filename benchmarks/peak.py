@@ -27,9 +27,10 @@ def main() -> None:
     ours = OpenM1(random_weights(nano_shape(), torch.bfloat16))
     # Libraries load and kernels compile at first use, which is not the prompt's doing.
     ours.prefill_s(64)
+    prompt = ours.random_ids(tokens)  # The caller's, whoever computes it.
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_bytes()
-    ours.prefill_s(tokens)
+    ours.timed_prompts([prompt])
     print(json.dumps({"peak_bytes": peak_bytes() - before}))
 
 
