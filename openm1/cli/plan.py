@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
 if TYPE_CHECKING:
+    from openm1.planner.cost import ThoughtCost
     from openm1.planner.flops import FlopLine
     from openm1.planner.shape import ModelShape
 
-DESCRIPTION = """What a thought, a context or a training run costs: counted from a config, torch-free.
+DESCRIPTION = """What a thought, a context or a training run costs: counted from a config.
 
-MODEL is minimax-m1, m1-40k, m1-80k, nano, deepseek-r1, qwen3-235b-a22b, or a config.json of these families."""
+MODEL is minimax-m1, m1-40k, m1-80k, nano, deepseek-r1, qwen3-235b-a22b, a folder with a
+config.json of one of these families, or that file."""
 
 Json = Annotated[bool, arg(name="json")]
 Mla = Literal["expanded", "absorbed"]
+Weights = Literal["bfloat16", "float32", "int8", "int8-experts", "fp8"]
+Shard = Literal["nothing", "optimizer", "all"]
 DEFAULT_GENERATE = 65_536
+PLOTTED_LENGTHS = tuple(2**n for n in range(10, 21))
 
 
-def _shape(model: str, mla: Mla) -> ModelShape:
-    from openm1.planner.models import read_shape, with_absorbed_latent
+def _shape(model: str, mla: Mla | None) -> ModelShape:
+    """Engines keep the latent of MLA, so where nothing is said it is absorbed."""
+    from openm1.planner.models import has_latent, read_shape, with_absorbed_latent
 
     shape = read_shape(model)
-    return with_absorbed_latent(shape) if mla == "absorbed" else shape
+    absorbed = has_latent(shape) if mla is None else mla == "absorbed"
+    return with_absorbed_latent(shape) if absorbed else shape
 
 
 def _print_json(content: dict[str, Any]) -> None:
@@ -81,15 +89,9 @@ def flops(
 
         draw_figure(plot)
     if json_:
-        _print_json(about | {"total_flops": total, "lines": [_line(line) for line in lines]})
+        _print_json(about | {"total_flops": total, "lines": [asdict(line) for line in lines]})
         return
     _show_flops(shape, about, total, lines)
-
-
-def _line(line: FlopLine) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(line)
 
 
 def _show_flops(
@@ -118,4 +120,260 @@ def _show_flops(
         console.print(comparison_table(prompt, length))
 
 
-PLANS: dict[str, Callable[..., Any]] = {"flops": flops}
+def memory(
+    *,
+    model: str = "minimax-m1",
+    weights: Weights | None = None,
+    context: int = 1_048_576,
+    sequences: int = 1,
+    device: str | None = None,
+    tensor: int = 8,
+    expert: int = 1,
+    pipeline: int = 1,
+    data: int = 1,
+    shard: Shard = "nothing",
+    train: int | None = None,
+    recompute: bool = False,
+    usable: float = 0.9,
+    mla: Mla | None = None,
+    json_: Json = False,
+    plot: Path | None = None,
+) -> None:
+    """The smallest fleet for --sequences of --context tokens; with --device what lies on each one.
+
+    --tensor, --expert, --pipeline, --data and --shard (what data copies divide) say how the model
+    is laid over devices. --train TOKENS is training with so many tokens on each data copy at a
+    time, --recompute with activation checkpointing. --plot FILE draws caches against the context.
+    """
+    from openm1.planner.devices import find_device
+    from openm1.planner.memory import FORMATS, Layout, serving_memory, training_memory
+
+    shape = _shape(model, mla)
+    if plot is not None:
+        _plot_memory(plot)
+    if device is None:
+        if train is not None:
+            raise ValueError("--train needs a --device and a layout")
+        _show_fleets(shape, weights, sequences, context, usable, json_)
+        return
+    layout = Layout(tensor=tensor, expert=expert, pipeline=pipeline, data=data, shard=shard)
+    format_, where = FORMATS[weights or "bfloat16"], find_device(device)
+    if train is not None:
+        result = training_memory(shape, format_, layout, num_tokens=train, recompute=recompute)
+        what = f"training on {train:,} tokens on each of {data} copies"
+    else:
+        result = serving_memory(
+            shape, format_, layout, num_sequences=sequences, context_tokens=context
+        )
+        what = f"{sequences} x {context:,} tokens"
+    if json_:
+        about = {"model": model, "device": where.name, "num_devices": layout.num_devices}
+        _print_json(about | asdict(result) | {"total_bytes": result.total_bytes})
+        return
+    from rich.console import Console
+
+    from openm1.planner.tables import memory_table
+
+    title = f"{shape.name}, {weights or 'bfloat16'}, {layout.num_devices} x {where.name}: {what}"
+    Console().print(memory_table(title, result, where, usable))
+
+
+def _show_fleets(
+    shape: ModelShape,
+    weights: Weights | None,
+    sequences: int,
+    context: int,
+    usable: float,
+    as_json: bool,
+) -> None:
+    from openm1.planner.devices import DEVICES
+    from openm1.planner.fleet import smallest_fleet
+    from openm1.planner.memory import FORMATS
+
+    formats = [weights] if weights else ["bfloat16", "fp8", "int8-experts"]
+    fits = [
+        (
+            name,
+            device.name,
+            smallest_fleet(
+                shape,
+                FORMATS[name],
+                device,
+                num_sequences=sequences,
+                context_tokens=context,
+                usable=usable,
+            ),
+        )
+        for name in formats
+        for device in DEVICES.values()
+    ]
+    if as_json:
+        rows = [
+            {"weights": name, "device": device, **({} if fit is None else asdict(fit))}
+            for name, device, fit in fits
+        ]
+        _print_json({"model": shape.name, "fleets": rows})
+        return
+    from rich.console import Console
+
+    from openm1.planner.tables import fleet_table
+
+    title = f"{shape.name}: {sequences} x {context:,} tokens in {usable:.0%} of the memory"
+    Console().print(fleet_table(title, fits))
+
+
+def _plot_memory(path: Path) -> None:
+    from openm1.planner.memory import FORMATS, Layout, serving_memory
+    from openm1.planner.plots import draw_memory
+
+    curves = {}
+    for name in ("minimax-m1", "deepseek-r1", "qwen3-235b-a22b"):
+        shape, points = _shape(name, None), []
+        for context in PLOTTED_LENGTHS:
+            one = serving_memory(
+                shape, FORMATS["bfloat16"], Layout(), num_sequences=1, context_tokens=context
+            )
+            points.append((context, one.cache_bytes + one.state_bytes))
+        curves[name] = points
+    draw_memory(path, "keys, values, latents and states in bf16", curves)
+
+
+def run(
+    *,
+    model: str = "minimax-m1",
+    device: str = "h800",
+    devices: int = 512,
+    days: float = 21.0,
+    usd: float = 534_700.0,
+    reply: int = 20_000,
+    weights: Weights = "bfloat16",
+    compute_utilisation: float = 0.4,
+    bandwidth_utilisation: float = 0.6,
+    mla: Mla | None = None,
+    json_: Json = False,
+) -> None:
+    """An RL run checked line by line; as it stands that of M1: 512 H800, three weeks, $534,700.
+
+    --reply is the mean length of what is written and trained on (not published: an assumption), the
+    utilisations are the shares of the devices' peaks that are reached.
+    """
+    from openm1.planner.cost import run_cost
+    from openm1.planner.devices import find_device
+    from openm1.planner.memory import FORMATS
+    from openm1.planner.roofline import Utilisation
+
+    result = run_cost(
+        _shape(model, mla),
+        FORMATS[weights],
+        find_device(device),
+        num_devices=devices,
+        days=days,
+        usd=usd,
+        reply_tokens=reply,
+        utilisation=Utilisation(compute=compute_utilisation, bandwidth=bandwidth_utilisation),
+    )
+    if json_:
+        _print_json({"model": model, "device": device, "reply_tokens": reply, **asdict(result)})
+        return
+    from rich.console import Console
+
+    from openm1.planner.tables import run_table
+
+    title = (
+        f"RL of {model} on {devices} x {device} for {days:g} days; "
+        f"{compute_utilisation:.0%} of compute, {bandwidth_utilisation:.0%} of bandwidth reached"
+    )
+    Console().print(run_table(title, result, reply))
+
+
+def price(
+    *,
+    model: str = "minimax-m1",
+    device: str = "h800",
+    devices: int = 8,
+    weights: Weights = "int8-experts",
+    thoughts: tuple[int, ...] = (40_960, 81_920),
+    prompt: int = 1024,
+    batch: int | None = None,
+    usd_per_hour: float | None = None,
+    cny_per_usd: float = 7.2,
+    compute_utilisation: float = 0.4,
+    bandwidth_utilisation: float = 0.6,
+    mla: Mla | None = None,
+    json_: Json = False,
+    plot: Path | None = None,
+) -> None:
+    """What a thought costs in time and money, and M1's launch prices against that.
+
+    The engine runs as many sequences at a time as fit, or --batch. --usd-per-hour is the rent of
+    one device; known is only what the M1 report paid for an H800. --device cpu measures this one.
+    --plot FILE draws cost against the length of a thought.
+    """
+    from openm1.planner.cost import PRICE_TIERS, Service, thought_cost, token_cost
+    from openm1.planner.devices import find_device
+    from openm1.planner.memory import FORMATS, Layout
+    from openm1.planner.roofline import Utilisation
+
+    where = find_device(device)
+    rent = where.usd_per_hour if usd_per_hour is None else usd_per_hour
+    if rent is None or rent < 0:
+        raise ValueError(f"usd_per_hour is {rent}; give the rent of one {device}, 0 or more")
+    service = Service(
+        shape=_shape(model, mla),
+        format_=FORMATS[weights],
+        device=where,
+        layout=Layout(tensor=devices),
+        usd_per_hour=rent,
+        utilisation=Utilisation(compute=compute_utilisation, bandwidth=bandwidth_utilisation),
+    )
+
+    def cost(length: int) -> ThoughtCost:
+        return thought_cost(service, prompt_tokens=prompt, generated_tokens=length, batch=batch)
+
+    costs = [cost(length) for length in thoughts]
+    has_prices = model in ("minimax-m1", "m1-40k", "m1-80k")
+    tiers = [
+        (
+            tier,
+            token_cost(service, tier.least_input_tokens, cny_per_usd),
+            token_cost(service, tier.most_input_tokens, cny_per_usd),
+        )
+        for tier in (PRICE_TIERS if has_prices else ())
+    ]
+    if plot is not None:
+        from openm1.planner.plots import draw_thoughts
+
+        lengths = [length for length in PLOTTED_LENGTHS if length <= max(thoughts)]
+        draw_thoughts(plot, f"{model}, {devices} x {device}", [(n, cost(n).usd) for n in lengths])
+    if json_:
+        _print_json(
+            {
+                "model": model,
+                "device": device,
+                "usd_per_device_hour": rent,
+                "thoughts": [asdict(each) for each in costs],
+                "tiers": [[asdict(part) for part in row] for row in tiers],
+            }
+        )
+        return
+    from rich.console import Console
+
+    from openm1.planner.tables import price_table, thought_table
+
+    console = Console()
+    console.print(
+        f"[bold]{model}[/bold], {weights} on {devices} x {where.name} at ${rent:.2f} an hour each; "
+        f"{compute_utilisation:.0%} of compute and {bandwidth_utilisation:.0%} of bandwidth reached"
+    )
+    console.print(thought_table(f"Thoughts after {prompt:,} tokens of prompt", costs))
+    if tiers:
+        title = f"Launch prices and cost, yuan for a million tokens, {cny_per_usd:g} yuan a dollar"
+        console.print(price_table(title, tiers))
+
+
+PLANS: dict[str, Callable[..., Any]] = {
+    "flops": flops,
+    "memory": memory,
+    "run": run,
+    "price": price,
+}

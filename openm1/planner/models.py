@@ -232,9 +232,13 @@ def _check_sizes(raw: Mapping[str, Any]) -> None:
         raise ValueError(f"num_experts_per_tok is {chosen}; allowed are 1 to {num_experts}")
 
 
+def has_latent(shape: ModelShape) -> bool:
+    return any(isinstance(layer.attention, Latent) for layer in shape.layers)
+
+
 def with_absorbed_latent(shape: ModelShape) -> ModelShape:
     """The same model with its latents kept instead of keys and values."""
-    if not any(isinstance(layer.attention, Latent) for layer in shape.layers):
+    if not has_latent(shape):
         raise ValueError(f"mla is 'absorbed', but {shape.name} has no latent attention")
     layers = tuple(
         replace(layer, attention=replace(layer.attention, absorbed=True))

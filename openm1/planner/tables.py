@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from rich.table import Table
 
+from openm1.planner.cost import PriceTier, RunCost, ThoughtCost, TokenCost
+from openm1.planner.devices import Device
 from openm1.planner.figure import report_flops
+from openm1.planner.fleet import Fit
 from openm1.planner.flops import FlopLine, generation_flops, total_flops
+from openm1.planner.memory import DeviceMemory
 from openm1.planner.models import read_shape, with_absorbed_latent
 from openm1.planner.shape import ModelShape
 
@@ -84,3 +89,94 @@ def compared(prompt_tokens: int, generated_tokens: int) -> list[tuple[str, int, 
         drawn = report_flops(shape, generated_tokens) if is_drawn and not prompt_tokens else None
         rows.append((name, exact, drawn))
     return rows
+
+
+def memory_table(title: str, memory: DeviceMemory, device: Device, usable: float) -> Table:
+    """What lies on the fullest device."""
+    table = plain_table("on the fullest device", "GB", "share of it", title=title)
+    for field in fields(memory):
+        count = getattr(memory, field.name)
+        if count:
+            name = field.name.removesuffix("_bytes")
+            table.add_row(name, f"{count / 1e9:,.2f}", f"{count / device.memory_bytes:.1%}")
+    table.add_section()
+    total = memory.total_bytes
+    verdict = "fits" if total <= usable * device.memory_bytes else "does not fit"
+    table.add_row(
+        f"[bold]{verdict}[/bold] in {usable:.0%} of {device.memory_bytes / 1e9:g} GB",
+        f"{total / 1e9:,.2f}",
+        f"{total / device.memory_bytes:.1%}",
+    )
+    return table
+
+
+def fleet_table(title: str, fits: Sequence[tuple[str, str, Fit | None]]) -> Table:
+    """The smallest fleet for each kind of weights and device."""
+    table = plain_table(
+        "weights", "device", "smallest fleet", "GB on each", "longest sequence", title=title
+    )
+    before = None
+    for weights, device, fit in fits:
+        if before not in (None, weights):
+            table.add_section()
+        name, before = "" if weights == before else weights, weights
+        if fit is None:
+            table.add_row(name, device, "none up to 256", "", "")
+            continue
+        room = "any" if fit.room_tokens is None else f"{fit.room_tokens:,}"
+        each = f"{fit.memory.total_bytes / 1e9:.1f}"
+        memory = f"{fit.device.memory_bytes / 1e9:g}"
+        table.add_row(name, device, f"{fit.layout.num_devices} x {memory} GB", each, room)
+    return table
+
+
+def run_table(title: str, run: RunCost, reply_tokens: int) -> Table:
+    """A training run, line by line."""
+    table = plain_table("", "", title=title)
+    table.show_header = False
+    hours = run.device_hours
+    for name, value in (
+        ("device-hours (devices x days x 24)", f"{hours:,.0f}"),
+        ("paid", f"${run.usd:,.0f}"),
+        ("a device-hour", f"${run.usd_per_hour:.3f}"),
+        ("FLOPs at the peak of all devices", short(run.peak_flops)),
+        ("one rollout engine", f"{run.engine_devices} devices, {run.batch} replies at a time"),
+        ("device-time to write a token", f"{1e3 * run.rollout_device_s_per_token:.3f} ms"),
+        ("device-time to train on it", f"{1e3 * run.training_device_s_per_token:.3f} ms"),
+        ("share of the time that goes to writing", f"{run.rollout_share:.0%}"),
+        ("at most written and trained on", f"{short(run.num_tokens)} tokens"),
+        (f"as replies of {reply_tokens:,} tokens", short(run.num_replies)),
+        ("a million tokens", f"${1e6 * run.usd / run.num_tokens:.2f}"),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def thought_table(title: str, thoughts: Sequence[ThoughtCost]) -> Table:
+    table = plain_table("thought", "at a time", "tokens/s each", "minutes", "USD each", title=title)
+    for thought in thoughts:
+        table.add_row(
+            f"{thought.generated_tokens:,} tokens",
+            str(thought.batch),
+            f"{thought.tokens_per_s:.1f}",
+            f"{thought.seconds / 60:.1f}",
+            f"{thought.usd:.3f}",
+        )
+    return table
+
+
+def price_table(title: str, rows: Sequence[tuple[PriceTier, TokenCost, TokenCost]]) -> Table:
+    """Launch prices against our cost at both ends of a tier, yuan for a million tokens."""
+    table = plain_table(
+        "input length", "in: price", "cost", "out: price", "cost", "batch", title=title
+    )
+    for tier, low, high in rows:
+        table.add_row(
+            f"{tier.least_input_tokens:,} to {tier.most_input_tokens:,}",
+            f"{tier.input_cny:g}",
+            f"{low.input_cny:.2f} to {high.input_cny:.2f}",
+            f"{tier.output_cny:g}",
+            f"{low.output_cny:.2f} to {high.output_cny:.2f}",
+            f"{low.batch} to {high.batch}",
+        )
+    return table

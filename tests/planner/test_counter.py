@@ -24,7 +24,13 @@ from openm1.planner.flops import CHUNK_TOKENS, FlopLine, decode_flops, prefill_f
 from openm1.planner.models import from_m1
 
 from tests.model.paging import PAGE_TOKENS, PagedSequences
-from tests.model.tiny import one_expert_config, pre_norm_config, random_ids, random_model, tiny_config
+from tests.model.tiny import (
+    one_expert_config,
+    pre_norm_config,
+    random_ids,
+    random_model,
+    tiny_config,
+)
 
 CONFIGS = {
     "hybrid, post-norm": tiny_config(),
