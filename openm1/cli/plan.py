@@ -311,18 +311,19 @@ def price(
     """
     from openm1.planner.cost import PRICE_TIERS, Service, thought_cost, token_cost
     from openm1.planner.devices import find_device
-    from openm1.planner.memory import FORMATS, Layout
+    from openm1.planner.fleet import serving_layout
+    from openm1.planner.memory import FORMATS
     from openm1.planner.roofline import Utilisation
 
     where = find_device(device)
     rent = where.usd_per_hour if usd_per_hour is None else usd_per_hour
-    if rent is None or rent < 0:
-        raise ValueError(f"usd_per_hour is {rent}; give the rent of one {device}, 0 or more")
+    if rent is None:
+        raise ValueError(f"the rent of one {device} is not known; give --usd-per-hour")
     service = Service(
         shape=_shape(model, mla),
         format_=FORMATS[weights],
         device=where,
-        layout=Layout(tensor=devices),
+        layout=serving_layout(devices),
         usd_per_hour=rent,
         utilisation=Utilisation(compute=compute_utilisation, bandwidth=bandwidth_utilisation),
     )

@@ -107,8 +107,9 @@ class Latent:
     """DeepSeek's multi-head latent attention (MLA).
 
     Expanded: keys and values of all heads are made from the latent once, and kept. Absorbed: the
-    latent is kept; queries are taken into its space and outputs out of it, so that the cache is
-    small and every pair dear. The matrices (`kv_b_proj`) and their FLOPs per token are the same.
+    latent is kept, and a decoded token's query is taken into its space and its output out of it: a
+    small cache, dear pairs. `kv_b_proj` and its FLOPs per token are the same. Prefill has few pairs
+    for each latent and expands in both.
     """
 
     hidden_size: int
@@ -159,7 +160,14 @@ class Latent:
         return {"scores": pairs * score, "values": pairs * value}
 
     def block_flops(self, past: int, new: int, chunk_tokens: int) -> dict[str, int]:
-        return self.step_flops(past, new)
+        """Latents of the past, where only they were kept, are expanded once more."""
+        pairs = 2 * self.num_heads * causal_pairs(past, new)
+        expansion = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim) * self.kv_lora_rank
+        return {
+            "scores": pairs * self.qk_head_dim,
+            "values": pairs * self.v_head_dim,
+            "latents again": 2 * expansion * past * int(self.absorbed),
+        }
 
 
 Attention = Lightning | GroupedQuery | Latent

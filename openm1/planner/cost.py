@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from openm1.planner.devices import Device
@@ -48,6 +49,10 @@ class Service:
     usd_per_hour: float
     """Of one device."""
     utilisation: Utilisation
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.usd_per_hour < math.inf:
+            raise ValueError(f"usd_per_hour is {self.usd_per_hour}; allowed is 0 or more")
 
     @property
     def usd_per_s(self) -> float:
@@ -131,7 +136,7 @@ class TokenCost:
 
 
 def token_cost(service: Service, context_tokens: int, cny_per_usd: float) -> TokenCost:
-    if not cny_per_usd > 0:
+    if not 0 < cny_per_usd < math.inf:
         raise ValueError(f"cny_per_usd is {cny_per_usd}; allowed is above 0")
     size = service.batch(context_tokens, None)
     common = {"num_devices": service.layout.num_devices, "utilisation": service.utilisation}
@@ -192,8 +197,8 @@ def run_cost(
     """
     for name, value in {"num_devices": num_devices, "days": days, "reply_tokens": reply_tokens,
                         "usd": usd}.items():  # fmt: skip
-        if not value > 0:
-            raise ValueError(f"{name} is {value}; allowed is above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; allowed is above 0, and finite")
     fit = smallest_fleet(shape, format_, device, num_sequences=1, context_tokens=reply_tokens)
     if fit is None or fit.layout.num_devices > num_devices:
         needed = "over 256" if fit is None else fit.layout.num_devices

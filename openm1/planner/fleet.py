@@ -23,6 +23,12 @@ USABLE = 0.9
 buffers and the driver. vLLM's default has the same share."""
 
 
+def usable_bytes(device: Device, usable: float) -> int:
+    if not 0 < usable <= 1:
+        raise ValueError(f"usable is {usable}; allowed is above 0, up to 1")
+    return round(usable * device.memory_bytes)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
     device: Device
@@ -43,7 +49,7 @@ def smallest_fleet(
 ) -> Fit | None:
     """Nodes of eight, each a pipeline stage of eight tensor-parallel devices; None above 32."""
     for nodes in range(1, min(MAX_NODES, len(shape.layers)) + 1):
-        layout = Layout(tensor=DEVICES_PER_NODE, pipeline=nodes)
+        layout = serving_layout(nodes * DEVICES_PER_NODE)
         fit = fit_on(
             shape,
             format_,
@@ -58,6 +64,14 @@ def smallest_fleet(
     return None
 
 
+def serving_layout(num_devices: int) -> Layout:
+    """Devices of a node share each layer; nodes are pipeline stages."""
+    if num_devices in (1, 2, 4) or (num_devices > 0 and num_devices % DEVICES_PER_NODE == 0):
+        tensor = min(num_devices, DEVICES_PER_NODE)
+        return Layout(tensor=tensor, pipeline=num_devices // tensor)
+    raise ValueError(f"devices is {num_devices}; allowed are 1, 2, 4 and multiples of 8")
+
+
 def fit_on(
     shape: ModelShape,
     format_: WeightFormat,
@@ -69,14 +83,12 @@ def fit_on(
     usable: float = USABLE,
 ) -> Fit | None:
     """None where it does not fit."""
-    if not 0 < usable <= 1:
-        raise ValueError(f"usable is {usable}; allowed is above 0, up to 1")
     memory = serving_memory(
         shape, format_, layout, num_sequences=num_sequences, context_tokens=context_tokens
     )
-    if memory.total_bytes > usable * device.memory_bytes:
+    if memory.total_bytes > usable_bytes(device, usable):
         return None
-    room = room_tokens(shape, format_, layout, round(usable * device.memory_bytes))
+    room = room_tokens(shape, format_, layout, usable_bytes(device, usable))
     return Fit(device=device, layout=layout, memory=memory, room_tokens=room)
 
 
@@ -105,5 +117,5 @@ def most_sequences(
 ) -> int:
     """How many sequences of this length run side by side; 0 where the weights do not fit."""
     one = serving_memory(shape, format_, layout, num_sequences=1, context_tokens=context_tokens)
-    room = round(usable * device.memory_bytes) - one.weights_bytes
+    room = usable_bytes(device, usable) - one.weights_bytes
     return max(room, 0) // (one.cache_bytes + one.state_bytes) * layout.data

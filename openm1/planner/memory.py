@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Literal
 
 from openm1.model.size import PAGE_TOKENS, STATE_BYTES
@@ -16,7 +17,7 @@ SCALE_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightFormat:
-    """Bytes of one number in each part of a model. Router and head are fp32, as OpenM1 keeps them."""
+    """Bytes of one number in each part of a model. OpenM1 keeps router and head in fp32."""
 
     part_bytes: Mapping[Part, int]
     scaled: tuple[Part, ...] = ()
@@ -130,7 +131,7 @@ def stages(shape: ModelShape, pipeline: int) -> list[tuple[Layer, ...]]:
     if pipeline > count:
         raise ValueError(f"pipeline is {pipeline}; allowed are 1 to {count} (layers)")
     cuts = [count * i // pipeline for i in range(pipeline + 1)]
-    return [shape.layers[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [shape.layers[a:b] for a, b in pairwise(cuts)]
 
 
 def cache_bytes(layers: tuple[Layer, ...], format_: WeightFormat, tensor: int, pages: int) -> int:
@@ -218,7 +219,6 @@ def training_memory(
         full = weight_bytes(weights, fp32, layout)
         all_, some = (layout.data if layout.shard in kinds else 1
                       for kinds in (("all",), ("all", "optimizer")))  # fmt: skip
-        micro_batches = layout.pipeline - i
         memory = DeviceMemory(
             weights_bytes=weight_bytes(weights, format_, layout) // all_,
             cache_bytes=0,
@@ -226,8 +226,9 @@ def training_memory(
             gradients_bytes=full // all_,
             optimizer_bytes=copies * full // some,
             activations_bytes=num_tokens
-            * micro_batches
-            * activation_bytes(shape, layers, format_, layout.tensor, recompute),
+            * activation_bytes(
+                shape, layers, format_, layout.tensor, recompute, layout.pipeline - i
+            ),
         )
         if best is None or memory.total_bytes > best.total_bytes:
             best = memory
@@ -241,16 +242,19 @@ def activation_bytes(
     format_: WeightFormat,
     tensor: int,
     recompute: bool,
+    num_micro_batches: int = 1,
 ) -> int:
-    """Of one token: what backward needs again of each operation's inputs, in the compute dtype.
+    """Of one token of each micro-batch: what backward needs again of each operation's inputs.
 
-    With activation checkpointing each layer's input, and one layer whole. Logits are left out: the
-    loss takes them some rows at a time.
+    With activation checkpointing each layer's input is kept, and one layer whole at a time. Logits
+    are left out: the loss takes them some rows at a time.
     """
     per_layer = [_layer_numbers(layer, shape.hidden_size, tensor) for layer in layers]
     if recompute:
-        return (len(layers) * shape.hidden_size + max(per_layer)) * format_.compute_bytes
-    return sum(per_layer) * format_.compute_bytes
+        numbers = num_micro_batches * len(layers) * shape.hidden_size + max(per_layer)
+    else:
+        numbers = num_micro_batches * sum(per_layer)
+    return numbers * format_.compute_bytes
 
 
 def _layer_numbers(layer: Layer, hidden: int, tensor: int) -> int:

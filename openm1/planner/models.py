@@ -31,7 +31,6 @@ DEEPSEEK_R1: dict[str, Any] = {
     "n_routed_experts": 256,
     "n_shared_experts": 1,
     "num_experts_per_tok": 8,
-    "max_position_embeddings": 163_840,
 }
 QWEN3_235B_A22B: dict[str, Any] = {
     "model_type": "qwen3_moe",
@@ -47,7 +46,6 @@ QWEN3_235B_A22B: dict[str, Any] = {
     "num_experts_per_tok": 8,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
-    "max_position_embeddings": 40_960,
 }
 
 
@@ -70,7 +68,6 @@ def from_m1(config: M1Config, name: str) -> ModelShape:
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         tie_word_embeddings=config.tie_word_embeddings,
-        max_context_tokens=config.max_position_embeddings,
         layers=tuple(
             Layer(attention=softmax if kind == SOFTMAX else lightning, feed_forward=feed_forward)
             for kind in config.attn_type_list
@@ -139,7 +136,6 @@ def _model(
         hidden_size=raw["hidden_size"],
         vocab_size=raw["vocab_size"],
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        max_context_tokens=raw["max_position_embeddings"],
         layers=tuple(
             Layer(attention=attention, feed_forward=sparse if is_sparse(layer) else dense)
             for layer in range(raw["num_hidden_layers"])
@@ -215,7 +211,6 @@ _SIZES = {
     "num_experts_per_tok": 1,
     "decoder_sparse_step": 1,
     "moe_layer_freq": 1,
-    "max_position_embeddings": 1,
     "n_shared_experts": 0,
     "first_k_dense_replace": 0,
 }

@@ -101,7 +101,6 @@ class ModelShape:
     vocab_size: int
     tie_word_embeddings: bool
     layers: tuple[Layer, ...]
-    max_context_tokens: int
 
     def outer_weights(self) -> list[Weight]:
         """Embedding, final norm, and the head where it is a matrix of its own."""
@@ -127,9 +126,10 @@ class ModelShape:
 
     @property
     def num_active_params(self) -> int:
-        """What one token goes through in the layers, norms included: without embedding, head and
-        router, as the 45.9 B of M1 are counted."""
-        return sum(w.num_used_params for w in self.layer_weights() if w.part != "router")
+        """What one token goes through, norms included, but without embedding, head and router: so
+        the 45.9 B of M1 are counted."""
+        outside = ("embedding", "head", "router")
+        return sum(w.num_used_params for w in self.weights() if w.part not in outside)
 
     @property
     def head_params(self) -> int:

@@ -10,7 +10,7 @@ from rich.table import Table
 from openm1.planner.cost import PriceTier, RunCost, ThoughtCost, TokenCost
 from openm1.planner.devices import Device
 from openm1.planner.figure import report_flops
-from openm1.planner.fleet import Fit
+from openm1.planner.fleet import Fit, usable_bytes
 from openm1.planner.flops import FlopLine, generation_flops, total_flops
 from openm1.planner.memory import DeviceMemory
 from openm1.planner.models import read_shape, with_absorbed_latent
@@ -101,7 +101,7 @@ def memory_table(title: str, memory: DeviceMemory, device: Device, usable: float
             table.add_row(name, f"{count / 1e9:,.2f}", f"{count / device.memory_bytes:.1%}")
     table.add_section()
     total = memory.total_bytes
-    verdict = "fits" if total <= usable * device.memory_bytes else "does not fit"
+    verdict = "fits" if total <= usable_bytes(device, usable) else "does not fit"
     table.add_row(
         f"[bold]{verdict}[/bold] in {usable:.0%} of {device.memory_bytes / 1e9:g} GB",
         f"{total / 1e9:,.2f}",
@@ -167,16 +167,14 @@ def thought_table(title: str, thoughts: Sequence[ThoughtCost]) -> Table:
 
 def price_table(title: str, rows: Sequence[tuple[PriceTier, TokenCost, TokenCost]]) -> Table:
     """Launch prices against our cost at both ends of a tier, yuan for a million tokens."""
-    table = plain_table(
-        "input length", "in: price", "cost", "out: price", "cost", "batch", title=title
-    )
+    table = plain_table("input", "in: price", "cost", "out: price", "cost", "batch", title=title)
     for tier, low, high in rows:
         table.add_row(
-            f"{tier.least_input_tokens:,} to {tier.most_input_tokens:,}",
+            f"{tier.least_input_tokens // 1024}K-{tier.most_input_tokens // 1024}K",
             f"{tier.input_cny:g}",
-            f"{low.input_cny:.2f} to {high.input_cny:.2f}",
+            f"{low.input_cny:.2f}-{high.input_cny:.2f}",
             f"{tier.output_cny:g}",
-            f"{low.output_cny:.2f} to {high.output_cny:.2f}",
-            f"{low.batch} to {high.batch}",
+            f"{low.output_cny:.1f}-{high.output_cny:.1f}",
+            f"{low.batch}-{high.batch}",
         )
     return table

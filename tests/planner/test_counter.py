@@ -22,7 +22,6 @@ from openm1.model.moe import DENSE_MAX_MULTIPLY_ADDS
 from openm1.planner.attention import causal_pairs
 from openm1.planner.flops import CHUNK_TOKENS, FlopLine, decode_flops, prefill_flops
 from openm1.planner.models import from_m1
-
 from tests.model.paging import PAGE_TOKENS, PagedSequences
 from tests.model.tiny import (
     one_expert_config,
