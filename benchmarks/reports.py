@@ -16,8 +16,11 @@ from benchmarks.contestant import OpenM1
 from openm1.engine.cache.hybrid import CachedSequence
 from openm1.engine.cpu_runner import CpuRunner
 from openm1.model.cache import CachePools
-from openm1.model.config import M1Config
 from openm1.model.m1 import M1ForCausalLM
+from openm1.planner.devices import measure_cpu
+from openm1.planner.memory import FORMATS
+from openm1.planner.models import from_m1
+from openm1.planner.roofline import Utilisation, decode_time
 
 CONTEXTS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
 
@@ -49,35 +52,14 @@ def prefix(threads: int) -> dict[str, Any]:
     return {"prompt_tokens": 4096, "cached_tokens": cached, "llama.cpp_cached_tokens": theirs}
 
 
-def decode_bytes(config: M1Config, context: int, element: int) -> int:
-    """Bytes that one decoded token moves: weights it uses, states in and out, keys and values."""
-    hidden, heads, dim = config.hidden_size, config.num_attention_heads, config.head_dim
-    lightning, softmax = len(config.lightning_layers), len(config.softmax_layers)
-    attention = heads * dim
-    groups = config.num_key_value_heads * dim
-    weights = lightning * 5 * attention * hidden + softmax * (2 * attention + 2 * groups) * hidden
-    experts = 3 * config.num_experts_per_tok * config.intermediate_size * hidden
-    weights += config.num_hidden_layers * experts + config.vocab_size * hidden
-    states = 2 * lightning * heads * dim * dim * 4
-    return weights * element + states + softmax * 2 * groups * context * element
-
-
-def decode_flops(config: M1Config, context: int) -> int:
-    """Multiplications and additions of one decoded token."""
-    heads, dim = config.num_attention_heads, config.head_dim
-    bytes_without_cache = decode_bytes(config, 0, 2)
-    states = 2 * len(config.lightning_layers) * heads * dim * dim * 4
-    weights = (bytes_without_cache - states) // 2
-    lightning = len(config.lightning_layers) * heads * dim * dim * 5
-    softmax = len(config.softmax_layers) * heads * dim * context * 4
-    return 2 * weights + lightning + softmax
-
-
 def long_contexts(threads: int) -> dict[str, Any]:
-    """Median seconds of a decoded token at each context. The cache is filled with random numbers,
-    not by a prefill: decoding moves the same bytes whatever they mean."""
+    """Median seconds of a decoded token at each context, beside what the planner predicts.
+
+    The cache is filled with random numbers, not by a prefill: decoding moves the same bytes
+    whatever they mean. The prediction takes the peaks of this machine as measured now, wholly used.
+    """
     model = _nano()
-    config = model.config
+    config, shape, cpu = model.config, from_m1(model.config, "nano"), measure_cpu()
     rows = []
     for context in CONTEXTS:
         pages = context // 64 + 2
@@ -95,16 +77,30 @@ def long_contexts(threads: int) -> dict[str, Any]:
                 began = time.perf_counter()
                 runner.decode([1], [sequence])
                 times.append(time.perf_counter() - began)
+        seconds = statistics.median(times[2:])
+        predicted = decode_time(
+            shape,
+            FORMATS["float32"],
+            cpu,
+            num_sequences=1,
+            context_tokens=context,
+            utilisation=Utilisation(compute=1.0, bandwidth=1.0),
+        )
         rows.append(
             {
                 "context": context,
-                "seconds_per_token": statistics.median(times[2:]),
-                "bytes_per_token": decode_bytes(config, context, 4),
-                "flops_per_token": decode_flops(config, context),
+                "seconds_per_token": seconds,
+                "predicted_s": predicted.seconds,
+                "measured_over_predicted": seconds / predicted.seconds,
+                "bound": predicted.bound,
+                "bytes_per_token": predicted.moved_bytes,
+                "flops_per_token": predicted.flops,
             }
         )
     short, long = rows[0], next(row for row in rows if row["context"] == 262_144)
     return {
+        "machine_bytes_per_s": cpu.peak_bytes_per_s,
+        "machine_fp32_flops_per_s": cpu.peak_flops_per_s,
         "curve": rows,
         "256K_over_1K_measured": long["seconds_per_token"] / short["seconds_per_token"],
         "256K_over_1K_by_bytes": long["bytes_per_token"] / short["bytes_per_token"],

@@ -209,7 +209,7 @@ def _show_fleets(
     ]
     if as_json:
         rows = [
-            {"weights": name, "device": device, **({} if fit is None else asdict(fit))}
+            {"weights": name, "device": device, "fit": None if fit is None else asdict(fit)}
             for name, device, fit in fits
         ]
         _print_json({"model": shape.name, "fleets": rows})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -57,15 +58,26 @@ def test_many_sequences_read_all_experts() -> None:
     assert many / one == pytest.approx(32 / 2)
 
 
+def bound(model: str, batch: int) -> str:
+    """Of eight H800 that decode so many sequences at a short context."""
+    return decode_time(
+        read_shape(model),
+        FORMATS["bfloat16"],
+        DEVICES["h800"],
+        num_sequences=batch,
+        context_tokens=64,
+        num_devices=8,
+    ).bound
+
+
 def test_decode_turns_from_memory_to_compute() -> None:
-    shape, format_, device = read_shape("minimax-m1"), FORMATS["bfloat16"], DEVICES["h800"]
+    assert bound("qwen3-235b-a22b", 1) == "memory"
+    assert bound("qwen3-235b-a22b", 2000) == "compute"
 
-    def bound(batch: int) -> str:
-        return decode_time(
-            shape, format_, device, num_sequences=batch, context_tokens=1, num_devices=8
-        ).bound
 
-    assert bound(1) == "memory" and bound(2000) == "compute"
+def test_m1_states_keep_large_batches_at_the_memory() -> None:
+    """560 MiB of states read and written for each token take longer than its FLOPs."""
+    assert bound("minimax-m1", 2000) == bound("minimax-m1", 100_000) == "memory"
 
 
 def test_longer_thoughts_cost_more_than_in_proportion() -> None:
@@ -80,7 +92,7 @@ def test_longer_thoughts_cost_more_than_in_proportion() -> None:
 
 def test_tokens_are_dearer_further_out() -> None:
     costs = [token_cost(SERVICE, tier.most_input_tokens, 7.0) for tier in PRICE_TIERS]
-    for near, far in zip(costs, costs[1:], strict=False):
+    for near, far in pairwise(costs):
         assert far.output_cny > near.output_cny and far.input_cny > near.input_cny
     dearer = token_cost(SERVICE, PRICE_TIERS[0].most_input_tokens, 14.0)
     assert dearer.output_cny == pytest.approx(2 * costs[0].output_cny)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from openm1.engine.cache.hybrid import CacheSizes
 from openm1.model.cache import PAGE_TOKENS, CachePools
 from openm1.model.config import M1Config
 from openm1.model.int8 import quantize_int8
@@ -144,6 +145,21 @@ def test_what_the_vendor_says_about_a_million_tokens() -> None:
     assert devices("int8-experts", "h20") == 8
     assert devices("bfloat16", "h200") == 8
     assert devices("bfloat16", "h20") == 16
+
+
+def test_the_engine_and_the_planner_find_room_for_as_many_tokens() -> None:
+    config = tiny_config()
+    shape, format_, budget = from_m1(config, "tiny"), FORMATS["float32"], 10**7
+    sizes = CacheSizes(
+        page_tokens=PAGE_TOKENS,
+        page_bytes=CachePools.page_bytes(config, PAGE_TOKENS, torch.float32),
+        state_bytes=CachePools.state_bytes(config, torch.float32),
+        budget_bytes=budget,
+    )
+    weights = weight_bytes(shape.weights(), format_, Layout())
+    assert sizes.longest_tokens == room_tokens(shape, format_, Layout(), weights + budget)
+    longest = sizes.longest_tokens
+    assert sizes.bytes_for(longest) <= budget < sizes.bytes_for(longest + 1)
 
 
 def test_the_longest_sequence_fits_and_one_page_more_does_not() -> None:
