@@ -20,7 +20,7 @@ from openm1.model.m1 import M1ForCausalLM
 from openm1.planner.devices import measure_cpu
 from openm1.planner.memory import FORMATS
 from openm1.planner.models import from_m1
-from openm1.planner.roofline import Utilisation, decode_time
+from openm1.planner.roofline import Utilisation, decode_bytes, decode_time
 
 CONTEXTS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
 
@@ -56,10 +56,11 @@ def long_contexts(threads: int) -> dict[str, Any]:
     """Median seconds of a decoded token at each context, beside what the planner predicts.
 
     The cache is filled with random numbers, not by a prefill: decoding moves the same bytes
-    whatever they mean. The prediction takes the peaks of this machine as measured now, wholly used.
+    whatever they mean. The prediction takes the peaks of this machine as measured now, wholly used: its bandwidth is
+    that of reading as many bytes again and again as a token moves.
     """
     model = _nano()
-    config, shape, cpu = model.config, from_m1(model.config, "nano"), measure_cpu()
+    config, shape = model.config, from_m1(model.config, "nano")
     rows = []
     for context in CONTEXTS:
         pages = context // 64 + 2
@@ -78,6 +79,8 @@ def long_contexts(threads: int) -> dict[str, Any]:
                 runner.decode([1], [sequence])
                 times.append(time.perf_counter() - began)
         seconds = statistics.median(times[2:])
+        moved = decode_bytes(shape, FORMATS["float32"], num_sequences=1, context_tokens=context)
+        cpu = measure_cpu(round(sum(moved.values())))
         predicted = decode_time(
             shape,
             FORMATS["float32"],
@@ -93,14 +96,14 @@ def long_contexts(threads: int) -> dict[str, Any]:
                 "predicted_s": predicted.seconds,
                 "measured_over_predicted": seconds / predicted.seconds,
                 "bound": predicted.bound,
+                "machine_bytes_per_s": cpu.peak_bytes_per_s,
+                "machine_fp32_flops_per_s": cpu.peak_flops_per_s,
                 "bytes_per_token": predicted.moved_bytes,
                 "flops_per_token": predicted.flops,
             }
         )
     short, long = rows[0], next(row for row in rows if row["context"] == 262_144)
     return {
-        "machine_bytes_per_s": cpu.peak_bytes_per_s,
-        "machine_fp32_flops_per_s": cpu.peak_flops_per_s,
         "curve": rows,
         "256K_over_1K_measured": long["seconds_per_token"] / short["seconds_per_token"],
         "256K_over_1K_by_bytes": long["bytes_per_token"] / short["bytes_per_token"],

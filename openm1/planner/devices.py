@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 PRODUCT_SIZE = 1024
-# Far more than a last-level cache holds.
-STREAM_NUMBERS = 2**26
+# Most last-level caches hold less.
+STREAM_BYTES = 2**28
 REPEATS = 5
 
 
@@ -58,21 +58,25 @@ def find_device(name: str) -> Device:
     return DEVICES[name]
 
 
-def measure_cpu() -> Device:
-    """fp32 products as numpy has them, and reading memory on all cores at once: best of five."""
+def measure_cpu(stream_bytes: int = STREAM_BYTES) -> Device:
+    """fp32 products as numpy has them, and reading memory on all cores at once: best of five.
+
+    What is read again and again and is not larger than a cache comes from there: `stream_bytes` is
+    how much it is.
+    """
     import numpy as np
 
     left = np.ones((PRODUCT_SIZE, PRODUCT_SIZE), np.float32)
     seconds = _best(lambda: left @ left)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = np.array_split(np.ones(STREAM_NUMBERS, np.float32), cores or 1)
+    parts = np.array_split(np.ones(stream_bytes // 4, np.float32), cores or 1)
     with ThreadPoolExecutor(len(parts)) as threads:
         stream_s = _best(lambda: list(threads.map(np.max, parts)))
     return Device(
         name="cpu",
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         peak_flops_per_s=2 * PRODUCT_SIZE**3 / seconds,
-        peak_bytes_per_s=4 * STREAM_NUMBERS / stream_s,
+        peak_bytes_per_s=stream_bytes / stream_s,
     )
 
 

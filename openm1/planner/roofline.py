@@ -15,7 +15,7 @@ from openm1.planner.memory import WeightFormat
 from openm1.planner.shape import ModelShape
 
 # Time per token is a straight line in the context up to where compute takes over from memory.
-CONTEXT_SAMPLES = 64
+CONTEXT_SAMPLES = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

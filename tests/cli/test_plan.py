@@ -59,7 +59,9 @@ def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not fit" in run(capsys, "memory", "--device", "h800")
     plan = as_json(capsys, "memory", "--device", "h800", "--pipeline", 8, "--train", 4096)
     assert plan["num_devices"] == 64 and plan["optimizer_bytes"] > plan["gradients_bytes"]
-    fleets = as_json(capsys, "memory", "--model", "deepseek-r1", "--weights", "fp8")["fleets"]
+    fleets = as_json(
+        capsys, "memory", "--model", "deepseek-r1", "--weights", "fp8", "--context", 65536
+    )["fleets"]
     stages = {row["device"]: row["fit"]["layout"]["pipeline"] for row in fleets}
     assert stages["h200"] == 1 < stages["h800"]
 
