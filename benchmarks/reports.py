@@ -16,11 +16,12 @@ from benchmarks.contestant import OpenM1
 from openm1.engine.cache.hybrid import CachedSequence
 from openm1.engine.cpu_runner import CpuRunner
 from openm1.model.cache import CachePools
+from openm1.model.config import M1Config
 from openm1.model.m1 import M1ForCausalLM
-from openm1.planner.devices import measure_cpu
+from openm1.planner.devices import Device, measure_cpu
 from openm1.planner.memory import FORMATS
 from openm1.planner.models import from_m1
-from openm1.planner.roofline import Utilisation, decode_bytes, decode_time
+from openm1.planner.roofline import StepTime, Utilisation, decode_bytes, decode_time
 
 CONTEXTS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
 
@@ -52,17 +53,32 @@ def prefix(threads: int) -> dict[str, Any]:
     return {"prompt_tokens": 4096, "cached_tokens": cached, "llama.cpp_cached_tokens": theirs}
 
 
+def _predicted(config: M1Config, context: int) -> tuple[Device, StepTime]:
+    """One fp32 token by this machine's peaks, wholly used: its bandwidth is that of reading as many
+    bytes again and again as the token moves."""
+    shape, format_ = from_m1(config, "nano"), FORMATS["float32"]
+    moved = decode_bytes(shape, format_, num_sequences=1, context_tokens=context)
+    cpu = measure_cpu(round(sum(moved.values())))
+    whole = Utilisation(compute=1.0, bandwidth=1.0)
+    step = decode_time(
+        shape, format_, cpu, num_sequences=1, context_tokens=context, utilisation=whole
+    )
+    return cpu, step
+
+
 def long_contexts(threads: int) -> dict[str, Any]:
     """Median seconds of a decoded token at each context, beside what the planner predicts.
 
     The cache is filled with random numbers, not by a prefill: decoding moves the same bytes
-    whatever they mean. The prediction takes the peaks of this machine as measured now, wholly used: its bandwidth is
-    that of reading as many bytes again and again as a token moves.
+    whatever they mean.
     """
     model = _nano()
-    config, shape = model.config, from_m1(model.config, "nano")
+    config = model.config
+    predictions = {context: _predicted(config, context) for context in CONTEXTS}
+    # The threads that multiplied for numpy spin for a while, on cores that decoding needs.
+    time.sleep(0.5)
     rows = []
-    for context in CONTEXTS:
+    for context, (cpu, predicted) in predictions.items():
         pages = context // 64 + 2
         pools = CachePools(config, num_pages=pages, num_slots=1)
         for table in (pools.keys, pools.values, pools.states):
@@ -79,16 +95,6 @@ def long_contexts(threads: int) -> dict[str, Any]:
                 runner.decode([1], [sequence])
                 times.append(time.perf_counter() - began)
         seconds = statistics.median(times[2:])
-        moved = decode_bytes(shape, FORMATS["float32"], num_sequences=1, context_tokens=context)
-        cpu = measure_cpu(round(sum(moved.values())))
-        predicted = decode_time(
-            shape,
-            FORMATS["float32"],
-            cpu,
-            num_sequences=1,
-            context_tokens=context,
-            utilisation=Utilisation(compute=1.0, bandwidth=1.0),
-        )
         rows.append(
             {
                 "context": context,

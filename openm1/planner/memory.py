@@ -38,8 +38,9 @@ class WeightFormat:
 
 
 def _parts(base: int, **others: int) -> dict[Part, int]:
-    sizes: dict[Part, int] = {part: base for part in PARTS} | {"router": 4, "head": 4}
-    return sizes | others  # pyright: ignore[reportReturnType]
+    sizes: dict[Part, int] = {part: others.get(part, base) for part in PARTS}
+    sizes["router"] = sizes["head"] = 4
+    return sizes
 
 
 FORMATS: dict[str, WeightFormat] = {

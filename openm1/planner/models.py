@@ -51,13 +51,14 @@ QWEN3_235B_A22B: dict[str, Any] = {
 
 def from_m1(config: M1Config, name: str) -> ModelShape:
     """The shape of one of our own models."""
-    common = {
-        "hidden_size": config.hidden_size,
-        "num_heads": config.num_attention_heads,
-        "head_dim": config.head_dim,
-    }
-    lightning = Lightning(**common)
-    softmax = GroupedQuery(num_key_value_heads=config.num_key_value_heads, **common)
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    lightning = Lightning(hidden_size=hidden, num_heads=heads, head_dim=config.head_dim)
+    softmax = GroupedQuery(
+        hidden_size=hidden,
+        num_heads=heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+    )
     feed_forward = FeedForward(
         width=config.intermediate_size,
         num_experts=config.num_local_experts,
