@@ -99,12 +99,12 @@ def _show_flops(
 ) -> None:
     from rich.console import Console
 
-    from openm1.planner.tables import comparison_table, flops_table, short
+    from openm1.planner.tables import billions, comparison_table, flops_table, short
 
     console = Console()
     console.print(
-        f"[bold]{shape.name}[/bold]: {shape.num_params / 1e9:,.4g} B parameters, "
-        f"{shape.num_active_params / 1e9:,.4g} B active; one multiply-add is 2 FLOPs"
+        f"[bold]{shape.name}[/bold]: {billions(shape.num_params)} parameters, "
+        f"{billions(shape.num_active_params)} active; one multiply-add is 2 FLOPs"
     )
     if "train_tokens" in about:
         title = f"One training step on {about['batch']} x {about['train_tokens']:,} tokens"
@@ -151,9 +151,11 @@ def memory(
     shape = _shape(model, mla)
     if plot is not None:
         _plot_memory(plot)
+    if recompute and train is None:
+        raise ValueError("--recompute is of training; give --train TOKENS")
     if device is None:
-        if train is not None:
-            raise ValueError("--train needs a --device and a layout")
+        if train is not None or (tensor, expert, pipeline, data, shard) != (8, 1, 1, 1, "nothing"):
+            raise ValueError("--train and a layout need a --device")
         _show_fleets(shape, weights, sequences, context, usable, json_)
         return
     layout = Layout(tensor=tensor, expert=expert, pipeline=pipeline, data=data, shard=shard)

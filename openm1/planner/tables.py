@@ -27,6 +27,11 @@ def short(value: float) -> str:
     return f"{value:.4g} {_PREFIXES[step]}".rstrip()
 
 
+def billions(num_params: int) -> str:
+    """Parameters are counted in B, not in G."""
+    return short(num_params).replace("G", "B")
+
+
 def plain_table(*columns: str, title: str = "") -> Table:
     """First column to the left, the others are numbers."""
     table = Table(title=title or None, title_justify="left", title_style="bold")
@@ -55,20 +60,17 @@ def flops_table(title: str, lines: Sequence[FlopLine]) -> Table:
 
 def comparison_table(prompt_tokens: int, generated_tokens: int) -> Table:
     """The same reply by the three models of the report's figure, in both conventions."""
-    table = plain_table(
-        "model", "exact", "M1 : it", "report's figure", "M1 : it",
-        title=f"The same {generated_tokens:,} tokens elsewhere",
-    )  # fmt: skip
+    columns = ["model", "exact", "M1 : it"]
+    if not prompt_tokens:
+        columns += ["report's figure", "M1 : it"]
+    table = plain_table(*columns, title=f"The same {generated_tokens:,} tokens elsewhere")
     rows = compared(prompt_tokens, generated_tokens)
-    first = rows[0]
+    _, own_exact, own_drawn = rows[0]
     for name, exact, drawn in rows:
-        table.add_row(
-            name,
-            short(exact),
-            f"{first[1] / exact:.3f}",
-            "" if drawn is None else short(drawn),
-            "" if drawn is None or first[2] is None else f"{first[2] / drawn:.3f}",
-        )
+        cells = [name, short(exact), f"{own_exact / exact:.3f}"]
+        if drawn is not None and own_drawn is not None:
+            cells += [short(drawn), f"{own_drawn / drawn:.3f}"]
+        table.add_row(*cells)
     return table
 
 
