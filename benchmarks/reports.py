@@ -18,8 +18,13 @@ from openm1.engine.cpu_runner import CpuRunner
 from openm1.model.cache import CachePools
 from openm1.model.config import M1Config
 from openm1.model.m1 import M1ForCausalLM
+from openm1.planner.devices import Device, measure_cpu
+from openm1.planner.memory import FORMATS
+from openm1.planner.models import from_m1
+from openm1.planner.roofline import StepTime, Utilisation, decode_bytes, decode_time
 
 CONTEXTS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
+LONG_TURNS = 7
 
 
 def _nano(dtype: torch.dtype = torch.float32) -> M1ForCausalLM:
@@ -49,58 +54,72 @@ def prefix(threads: int) -> dict[str, Any]:
     return {"prompt_tokens": 4096, "cached_tokens": cached, "llama.cpp_cached_tokens": theirs}
 
 
-def decode_bytes(config: M1Config, context: int, element: int) -> int:
-    """Bytes that one decoded token moves: weights it uses, states in and out, keys and values."""
-    hidden, heads, dim = config.hidden_size, config.num_attention_heads, config.head_dim
-    lightning, softmax = len(config.lightning_layers), len(config.softmax_layers)
-    attention = heads * dim
-    groups = config.num_key_value_heads * dim
-    weights = lightning * 5 * attention * hidden + softmax * (2 * attention + 2 * groups) * hidden
-    experts = 3 * config.num_experts_per_tok * config.intermediate_size * hidden
-    weights += config.num_hidden_layers * experts + config.vocab_size * hidden
-    states = 2 * lightning * heads * dim * dim * 4
-    return weights * element + states + softmax * 2 * groups * context * element
+def _predicted(config: M1Config, context: int) -> tuple[Device, StepTime]:
+    """One fp32 token by this machine's peaks, wholly used: its bandwidth is that of reading as many
+    bytes again and again as the token moves."""
+    shape, format_ = from_m1(config, "nano"), FORMATS["float32"]
+    moved = decode_bytes(shape, format_, num_sequences=1, context_tokens=context)
+    cpu = measure_cpu(round(sum(moved.values())))
+    whole = Utilisation(compute=1.0, bandwidth=1.0)
+    step = decode_time(
+        shape, format_, cpu, num_sequences=1, context_tokens=context, utilisation=whole
+    )
+    return cpu, step
 
 
-def decode_flops(config: M1Config, context: int) -> int:
-    """Multiplications and additions of one decoded token."""
-    heads, dim = config.num_attention_heads, config.head_dim
-    bytes_without_cache = decode_bytes(config, 0, 2)
-    states = 2 * len(config.lightning_layers) * heads * dim * dim * 4
-    weights = (bytes_without_cache - states) // 2
-    lightning = len(config.lightning_layers) * heads * dim * dim * 5
-    softmax = len(config.softmax_layers) * heads * dim * context * 4
-    return 2 * weights + lightning + softmax
+def _decode_s(runner: CpuRunner, context: int) -> float:
+    """Median seconds of a token, over caches filled with random numbers, not by a prefill: decoding
+    moves the same bytes whatever they mean."""
+    sequence = CachedSequence(
+        pages=list(range(context // 64 + 2)), slot=0, num_tokens=context - 1,
+        num_cached=0, branch_point=None, epoch=0,
+    )  # fmt: skip
+    times = []
+    with torch.inference_mode():
+        for _ in range(12):
+            began = time.perf_counter()
+            runner.decode([1], [sequence])
+            times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])
 
 
 def long_contexts(threads: int) -> dict[str, Any]:
-    """Median seconds of a decoded token at each context. The cache is filled with random numbers,
-    not by a prefill: decoding moves the same bytes whatever they mean."""
+    """Seconds of a decoded token at each context, beside what the planner predicts.
+
+    Machine and decoding are measured in turns, so that both see the same hour; medians of turns.
+    """
     model = _nano()
-    config = model.config
     rows = []
     for context in CONTEXTS:
-        pages = context // 64 + 2
-        pools = CachePools(config, num_pages=pages, num_slots=1)
+        pools = CachePools(model.config, num_pages=context // 64 + 2, num_slots=1)
         for table in (pools.keys, pools.values, pools.states):
             table.normal_()
         runner = CpuRunner(model, pools, threads)
-        sequence = CachedSequence(
-            pages=list(range(pages)), slot=0, num_tokens=context - 1,
-            num_cached=0, branch_point=None, epoch=0,
-        )  # fmt: skip
-        times = []
-        with torch.inference_mode():
-            for _ in range(12):
-                began = time.perf_counter()
-                runner.decode([1], [sequence])
-                times.append(time.perf_counter() - began)
+        turns = []
+        for _ in range(LONG_TURNS):
+            cpu, predicted = _predicted(model.config, context)
+            # The threads that multiplied for numpy spin for a while, on cores that decoding needs.
+            time.sleep(0.2)
+            seconds = _decode_s(runner, context)
+            turns.append(
+                {
+                    "seconds_per_token": seconds,
+                    "predicted_s": predicted.seconds,
+                    "measured_over_predicted": seconds / predicted.seconds,
+                    "machine_bytes_per_s": cpu.peak_bytes_per_s,
+                    "machine_fp32_flops_per_s": cpu.peak_flops_per_s,
+                }
+            )
+        ratios = [turn["measured_over_predicted"] for turn in turns]
         rows.append(
             {
                 "context": context,
-                "seconds_per_token": statistics.median(times[2:]),
-                "bytes_per_token": decode_bytes(config, context, 4),
-                "flops_per_token": decode_flops(config, context),
+                **{name: statistics.median(t[name] for t in turns) for name in turns[0]},
+                "lowest_ratio": min(ratios),
+                "highest_ratio": max(ratios),
+                "bound": predicted.bound,
+                "bytes_per_token": predicted.moved_bytes,
+                "flops_per_token": predicted.flops,
             }
         )
     short, long = rows[0], next(row for row in rows if row["context"] == 262_144)

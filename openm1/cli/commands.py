@@ -24,11 +24,16 @@ TYRO_CONFIG = (FlagCreatePairsOff,)
 
 
 def inspect(model: Positional[str], *, json_: Annotated[bool, arg(name="json")] = False) -> None:
-    """Sizes of a preset (m1-40k, m1-80k), a model folder, a .gguf file or a shipped model."""
+    """Sizes of a preset (m1-40k, m1-80k), a model folder, a .gguf file or a shipped model.
+
+    The last two are FLOPs of one decoded token at a context of 1K and 1M tokens; more: openm1 plan.
+    """
     from dataclasses import asdict
 
     from openm1.model.config import PRESETS
     from openm1.model.size import model_size
+    from openm1.planner.flops import decode_flops, total_flops
+    from openm1.planner.models import from_m1
 
     # "nano" is a shipped model as well, with a config of its own beside its weights.
     if model in PRESETS and model != "nano":
@@ -38,6 +43,10 @@ def inspect(model: Positional[str], *, json_: Annotated[bool, arg(name="json")] 
 
         config = read_config(model)
     size = asdict(model_size(config))
+    shape = from_m1(config, model)
+    for name, context in (("1k", 1024), ("1m", 1024**2)):
+        flops = total_flops(decode_flops(shape, 1, past_tokens=context - 1))
+        size[f"decode_flops_at_{name}"] = flops
     if json_:
         print(json.dumps(size))
         return

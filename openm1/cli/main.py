@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from tyro.extras import subcommand_cli_from_dict
 
@@ -12,7 +13,8 @@ from openm1.cli.commands import COMMANDS, TRAINERS, TYRO_CONFIG, train
 
 DESCRIPTION = """OpenM1: run, train and measure MiniMax-M1-class reasoning models.
 
-Training: openm1 pretrain|sft|rl RECIPE [--help] [--overrides]."""
+Training: openm1 pretrain|sft|rl RECIPE [--help] [--overrides].
+Costs: openm1 plan flops|memory|run|price [--help]."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,18 +27,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args and args[0] in TRAINERS:
             train(args[0], args[1:])
+        elif args and args[0] == "plan":
+            from openm1.cli import plan
+
+            _run_one_of(plan.PLANS, "openm1 plan", plan.DESCRIPTION, args[1:])
         else:
-            subcommand_cli_from_dict(
-                COMMANDS,
-                prog="openm1",
-                description=DESCRIPTION,
-                args=args,
-                use_underscores=False,
-                config=TYRO_CONFIG,
-            )
+            _run_one_of(COMMANDS, "openm1", DESCRIPTION, args)
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"openm1: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("openm1: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _run_one_of(
+    commands: dict[str, Callable[..., Any]], prog: str, description: str, args: Sequence[str]
+) -> None:
+    subcommand_cli_from_dict(
+        commands,
+        prog=prog,
+        description=description,
+        args=args,
+        use_underscores=False,
+        config=TYRO_CONFIG,
+    )

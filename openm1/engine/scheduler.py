@@ -62,7 +62,8 @@ class Scheduler:
             raise ValueError(
                 f"prompt of {len(request.prompt_ids)} tokens and max_tokens "
                 f"{request.params.max_tokens} need {sizes.bytes_for(most)} bytes of cache; "
-                f"allowed are {sizes.budget_bytes} (the memory budget)"
+                f"allowed are {sizes.budget_bytes} (the memory budget), which hold one sequence of "
+                f"{sizes.longest_tokens} tokens"
             )
         request.arrival = next(self._arrivals)
         insort(self.waiting, request, key=_rank)

@@ -16,8 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from openm1.model.config import M1Config
-
-PAGE_TOKENS = 64
+from openm1.model.size import PAGE_TOKENS
 
 
 class CachePools:

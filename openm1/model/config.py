@@ -297,6 +297,8 @@ _READERS = {
     "minimax": _read_transformers,
     "llama": _read_llama,
 }
+MODEL_TYPES = tuple(_READERS)
+"""What `model_type` may be in a config.json."""
 
 
 def layer_pattern(num_hidden_layers: int, period: int = 8) -> tuple[int, ...]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from openm1.model.config import M1Config
 
+PAGE_TOKENS = 64
+"""Tokens of one page of keys and values."""
 STATE_BYTES = 4
 """Lightning states are fp32 whatever the model's dtype."""
 

@@ -61,14 +61,19 @@ def test_the_sizes_of_m1(capsys: pytest.CaptureFixture[str]) -> None:
         "num_softmax_layers": 10,
         "state_bytes_per_sequence": 280 * 2**20,
         "kv_bytes_per_token": 40_960,
+        "decode_flops_at_1k": size["decode_flops_at_1k"],
+        "decode_flops_at_1m": size["decode_flops_at_1m"],
     }
+    # The keys and values of ten softmax layers: 4 H D a token of context.
+    more = size["decode_flops_at_1m"] - size["decode_flops_at_1k"]
+    assert more == 10 * 4 * 64 * 128 * (2**20 - 2**10)
     assert round(size["active_params_per_token"] / 1e9, 2) == 45.93
     assert run(capsys, "inspect", "m1-40k", "--json") == json.dumps(size) + "\n"
 
 
 def test_sizes_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(capsys, "inspect", "m1-80k").splitlines()
-    assert lines[0].split() == ["total_params", "456,089,655,296"] and len(lines) == 7
+    assert lines[0].split() == ["total_params", "456,089,655,296"] and len(lines) == 9
 
 
 def test_the_sizes_of_a_folder(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:

@@ -86,6 +86,12 @@ class CacheSizes:
         """What one sequence takes that shares nothing."""
         return self.num_pages(num_tokens) * self.page_bytes + self.state_bytes
 
+    @property
+    def longest_tokens(self) -> int:
+        """Of one sequence alone in the budget; for models with pages."""
+        room = self.budget_bytes - self.state_bytes
+        return room // self.page_bytes * self.page_tokens
+
 
 class HybridCache:
     """Pages and slots of running sequences and of cached prefixes, never above the budget."""
