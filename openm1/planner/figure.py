@@ -23,7 +23,7 @@ from importlib.resources import files
 from openm1.planner.attention import GroupedQuery, Latent, Lightning
 from openm1.planner.shape import ModelShape
 
-M1_SOFTMAX_LAYERSDRAWN = 8
+M1_SOFTMAX_LAYERS_DRAWN = 8
 
 
 def _active_params(shape: ModelShape) -> int:
@@ -55,7 +55,7 @@ def _m1(shape: ModelShape) -> tuple[int, int]:
     by_kind = {layer.attention.kind: layer for layer in shape.layers}
     lightning, softmax = by_kind["lightning"].attention, by_kind["softmax"].attention
     assert isinstance(lightning, Lightning) and isinstance(softmax, GroupedQuery)
-    drawn = {"softmax": M1_SOFTMAX_LAYERSDRAWN}
+    drawn = {"softmax": M1_SOFTMAX_LAYERS_DRAWN}
     drawn["lightning"] = len(shape.layers) - drawn["softmax"]
     params = shape.head_params
     for kind, count in drawn.items():
