@@ -222,5 +222,6 @@ CASES: dict[str, Case] = {
     "prefix": Case(about="tokens cached of half-shared prompts", report=reports.prefix),
     "long": Case(about="time per token against context", report=reports.long_contexts),
     "memory": Case(about="peak memory of a 256K prefill", report=reports.prefill_memory),
+    "million": Case(about="a prompt of 1,000,000 tokens (minutes)", report=reports.million),
     "int8": Case(about="int8 weights on the 315 M shape", race=int8_decode),
 }

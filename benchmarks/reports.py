@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from openm1.planner.devices import Device, measure_cpu
 from openm1.planner.memory import FORMATS
 from openm1.planner.models import from_m1
 from openm1.planner.roofline import StepTime, Utilisation, decode_bytes, decode_time
+from openm1.types import SamplingParams
 
 CONTEXTS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
 LONG_TURNS = 7
@@ -153,4 +155,31 @@ def prefill_memory(threads: int) -> dict[str, Any]:
         "allowed_bytes": allowed,
         "peak_bytes": peaks[length],
         "peak_over_allowed": peaks[length] / allowed,
+    }
+
+
+def million(threads: int) -> dict[str, Any]:
+    """A prompt of 1,000,000 tokens and an answer of 1,000 (bf16), as a user would ask for them."""
+    from openm1.cli.progress import ProgressDisplay
+    from openm1.engine.llm import LLM, Progress
+
+    llm = LLM(_nano(torch.bfloat16))
+    prompt = random.choices(range(llm.model.config.vocab_size), k=1_000_000)
+    params = SamplingParams(max_tokens=1000, ignore_eos=True, repetition_stop_tokens=0)
+    began = time.perf_counter()
+    marks: list[tuple[float, Progress]] = []
+    with ProgressDisplay() as display:
+
+        def watch(progress: Progress) -> None:
+            display(progress)
+            marks.append((time.perf_counter() - began, progress))
+
+        completion = llm.generate([prompt], params, on_progress=watch)[0][0]
+    read_s = next(at for at, progress in marks if progress.answer_tokens)
+    return {
+        "prompt_tokens": completion.num_prompt_tokens,
+        "prompt_s": read_s,
+        "answer_tokens": len(completion.token_ids),
+        "answer_tokens_per_s": len(completion.token_ids) / (marks[-1][0] - read_s),
+        "cache_bytes": llm.engine.memory.in_use_bytes,
     }
