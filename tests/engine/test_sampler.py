@@ -16,11 +16,11 @@ from openm1.engine.sampler import (
     Choice,
     SamplingRow,
     adjust_logits,
-    child_seed,
     choose,
     sampling_row,
     uniforms,
 )
+from openm1.engine.seeds import child_seed
 from openm1.engine.thinking import ThoughtTracker
 from openm1.types import SamplingParams
 

@@ -1,0 +1,149 @@
+"""Answers that must have a form: JSON, a JSON schema, a regular expression, a call of a tool.
+
+llguidance (MIT) says which tokens may come next. The grammar acts on the answer alone: the engine
+starts it behind the thought.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import llguidance
+import numpy as np
+
+from openm1.chat.tokenizer import Tokenizer
+from openm1.chat.tools import TOOL_CALLS_CLOSE, TOOL_CALLS_OPEN
+from openm1.server.errors import bad_request
+from openm1.types import ToolSpec
+
+MAX_PARALLEL_CALLS = 16
+# As models write JSON, and as `json.dumps` does. Free blanks would let a model write them for ever.
+_JSON_STYLE: Any = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
+
+
+class AnswerGrammar:
+    """`protocols.Grammar` for one reply."""
+
+    def __init__(self, tokenizer: Tokenizer, source: str, param: str) -> None:
+        """`source` is llguidance's form of a grammar. Raises ApiError, naming `param`, for one that
+        cannot be read or that no answer fits."""
+        self._template = _compiled(tokenizer, source)
+        self._num_ids = tokenizer.vocab_size
+        self.error: str | None = None
+        """Why the grammar gave up in the middle of an answer, which then ended."""
+        message = self._template.get_error()
+        if not message and not self._template.deep_copy().is_accepting():
+            matcher = self._template.deep_copy()
+            mask = _mask(matcher, self._num_ids)
+            message = matcher.get_error()
+            if not message and not np.delete(mask, tokenizer.eos_token_id or 0).any():
+                message = "no finite answer fits it"
+        if message:
+            reason = message.splitlines()[0][:300]
+            raise bad_request(f"{param} cannot be followed: {reason}", param, "invalid_grammar")
+
+    def start(self) -> AnswerMatcher:
+        return AnswerMatcher(self, self._template.deep_copy(), self._num_ids)
+
+
+class AnswerMatcher:
+    """`protocols.GrammarMatcher` over llguidance's."""
+
+    def __init__(self, grammar: AnswerGrammar, matcher: llguidance.LLMatcher, num_ids: int) -> None:
+        self._grammar, self._matcher, self._num_ids = grammar, matcher, num_ids
+
+    def consume(self, token_id: int) -> bool:
+        # A matcher that has given up takes whatever ends the answer.
+        return self._matcher.is_error() or self._matcher.try_consume_tokens([token_id]) == 1
+
+    def allowed(self) -> np.ndarray:
+        mask = _mask(self._matcher, self._num_ids)
+        if self._matcher.is_error():
+            self._grammar.error = self._matcher.get_error().splitlines()[0][:300]
+        return mask
+
+
+def json_schema_source(schema: Any, param: str) -> str:
+    try:
+        return llguidance.LLMatcher.grammar_from_json_schema(
+            json.dumps(schema), overrides=_JSON_STYLE
+        )
+    except (ValueError, RecursionError) as error:
+        raise bad_request(f"{param} cannot be read: {error}", param, "invalid_grammar") from error
+
+
+def json_object_source() -> str:
+    return json_schema_source({"type": "object"}, "response_format")
+
+
+def regex_source(pattern: str) -> str:
+    return llguidance.LLMatcher.grammar_from_regex(pattern)
+
+
+def tool_calls_source(tools: Sequence[ToolSpec], *, parallel: bool) -> str:
+    """A block of calls as `chat.tools` reads it: one or more of `tools`, nothing else."""
+    more = f'("\\n" call){{0,{MAX_PARALLEL_CALLS - 1}}} ' if parallel else ""
+    calls = " | ".join(f"call{i}" for i in range(len(tools)))
+    rules = [
+        f'start: "{TOOL_CALLS_OPEN}\\n" call {more}"\\n{TOOL_CALLS_CLOSE}"',
+        f"call: {calls}",
+    ]
+    for i, tool in enumerate(tools):
+        head = json.dumps({"name": tool.name})[:-1] + ', "arguments": '
+        rules.append(f'call{i}: {json.dumps(head)} arguments{i} "}}"')
+        rules.append(f"arguments{i}: %json {json.dumps(_arguments_schema(tool.parameters))}")
+    return llguidance.LLMatcher.grammar_from_lark("\n".join(rules))
+
+
+def _arguments_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments are an object in any case, and in the style the tool parser writes."""
+    return {"type": "object", **parameters, "x-guidance": _JSON_STYLE}
+
+
+def _mask(matcher: llguidance.LLMatcher, num_ids: int) -> np.ndarray:
+    bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+    return np.unpackbits(bits, bitorder="little")[:num_ids].astype(bool)
+
+
+@lru_cache(maxsize=64)
+def _compiled(tokenizer: Tokenizer, source: str) -> llguidance.LLMatcher:
+    limits = llguidance.LLParserLimits(verbose_errors=False)
+    return llguidance.LLMatcher(_vocabulary(tokenizer), source, log_level=0, limits=limits)
+
+
+@lru_cache(maxsize=4)
+def _vocabulary(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(tokenizer)), slices=[])
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants to see it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if tokenizer.eos_token_id is None:
+            raise bad_request("this model has no end of sentence, which grammars need")
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+        self.tokens = [_bytes_of(tokenizer, index) for index in range(tokenizer.vocab_size)]
+        # Where the tags around calls are single tokens, a grammar that spells them means those too.
+        tags = (TOOL_CALLS_OPEN, TOOL_CALLS_CLOSE)
+        special = tokenizer.special_tokens.items()
+        self.special_token_ids = [index for text, index in special if text not in tags]
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        return self._tokenizer.encode(text)
+
+
+def _bytes_of(tokenizer: Tokenizer, index: int) -> bytes:
+    try:
+        return tokenizer.token_bytes(index)
+    except ValueError:  # An id that no token has.
+        return b""
