@@ -19,5 +19,5 @@ def need_server() -> None:
     missing = [name for name in SERVER_MODULES if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"the server needs {', '.join(missing)}; install them with: pip install 'openm1[server]'"
+            f"the server needs {', '.join(missing)}; install with: pip install 'openm1[server]'"
         )

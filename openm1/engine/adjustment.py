@@ -10,7 +10,7 @@ from openm1.types import SamplingParams
 
 
 class Adjustment:
-    """Penalties, bias, bans and grammar of one request; only requests that ask for some have one."""
+    """Penalties, bias, bans and grammar of one request, if it asks for any."""
 
     @staticmethod
     def for_request(

@@ -17,7 +17,7 @@ def child_seed(seed: int, index: int) -> int:
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """One round of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014); x is uint64 and may overflow."""
+    """One round of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014); x is uint64, may overflow."""
     x = x + GOLDEN
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2

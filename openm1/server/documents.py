@@ -165,6 +165,12 @@ class PolicyState(Document):
     version: int
 
 
+EVENTS: dict[str, Any] = {
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "description": "The reply; with `stream`, server-sent events.",
+}
+
+
 def refusals(*statuses: int, anthropic: bool = False) -> dict[int | str, dict[str, Any]]:
     """The documented refusals of a route."""
     model = AnthropicErrorReply if anthropic else ErrorReply

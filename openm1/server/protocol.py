@@ -194,7 +194,7 @@ class JsonSchemaFormat(Body):
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema", "regex"]
     json_schema: JsonSchemaFormat | None = None
-    pattern: str | None = Field(None, description="For type regex.")
+    pattern: Annotated[str | None, Field(description="For type regex.")] = None
 
 
 class ChatRequest(Sampling, ThinkingControls):

@@ -156,6 +156,8 @@ class ReplyText:
             self._undecided.append(place)
             if writes_answer:
                 self.answer_places += self._undecided
+        elif writes_answer:
+            self.answer_places.append(place)
         self._answer_begun = was_answer or writes_answer
 
     def _parts(self, split: Iterable[tuple[Part, str]], raw: str) -> list[Piece | ToolCall]:

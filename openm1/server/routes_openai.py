@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,17 +11,14 @@ from fastapi.responses import JSONResponse, Response
 from openm1.server import documents
 from openm1.server.chat import chat_chunks, chat_completion
 from openm1.server.completions import text_chunks, text_completion
-from openm1.server.documents import refusals
+from openm1.server.documents import EVENTS, refusals
 from openm1.server.gate import key_name
 from openm1.server.protocol import ChatRequest, CompletionRequest
+from openm1.server.response_events import response_events, response_object
+from openm1.server.responses import ResponsesRequest, responses_as_chat
 from openm1.server.serving import Serving
 
-EVENTS: dict[str, Any] = {
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
-    "description": "The reply; with `stream`, server-sent events.",
-}
 WRITING = refusals(400, 401, 404, 408, 429, 503)
-READING = refusals(400, 401, 404, 408)
 
 
 def openai_routes(serving: Serving) -> APIRouter:
@@ -66,6 +64,21 @@ def openai_routes(serving: Serving) -> APIRouter:
             request, orders, lambda items: text_chunks(items, groups, served, body)
         )
 
+    @router.post(
+        "/v1/responses",
+        responses={**WRITING, 200: {"model": documents.ResponseReply, **EVENTS}},
+    )
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        key_name(request.headers, config)
+        orders, thinking = desk.chat(responses_as_chat(body))
+        if not body.stream:
+            return await serving.answer(
+                request, orders, lambda replies: response_object(replies[0], served, body, thinking)
+            )
+        return await serving.stream(
+            request, orders, lambda items: response_events(items, served, body, thinking)
+        )
+
     @router.get("/v1/models", responses={**refusals(401), 200: {"model": documents.ModelList}})
     async def models(request: Request) -> Response:
         key_name(request.headers, config)
@@ -87,8 +100,6 @@ def openai_routes(serving: Serving) -> APIRouter:
 
 def _card(serving: Serving) -> dict[str, Any]:
     """One model, with the fields of both vendors."""
-    from datetime import UTC, datetime
-
     served = serving.served
     return {
         "id": served.name,

@@ -3,7 +3,7 @@
 | who | says |
 |---|---|
 | OpenAI | `reasoning_effort`, `reasoning.effort` |
-| Anthropic | `thinking.type`, `thinking.budget_tokens`, `thinking.display`, `output_config.effort` |
+| Anthropic | `thinking.{type,budget_tokens,display}`, `output_config.effort` |
 | Qwen | `enable_thinking`, `thinking_budget`, also inside `chat_template_kwargs` |
 | vLLM | `thinking_token_budget`, `include_reasoning` |
 | llama.cpp | `thinking_budget_tokens`, -1 being free |
