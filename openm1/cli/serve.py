@@ -9,12 +9,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from openm1.engine.client import EnginePolicy
 from openm1.engine.llm import LLM
 from openm1.server.app import build_app
 from openm1.server.config import ServerConfig
 from openm1.server.run import run_server
 from openm1.server.served import CacheCounts, ServedModel
 
+# Nobody reads faster than thirty pieces a second, and each piece costs as much as a token of nano.
+BURST_S = 0.03
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -42,7 +45,7 @@ def served_model(llm: LLM, name: str, *, context_tokens: int | None = None) -> S
     positions = llm.model.config.max_position_embeddings
     return ServedModel(
         name=name,
-        policy=llm.policy,
+        policy=EnginePolicy(llm.engine, tokenizer=llm.tokenizer, burst_s=BURST_S),
         tokenizer=llm.tokenizer,
         chat_format=chat_format,
         context_tokens=min(context_tokens or positions, positions),

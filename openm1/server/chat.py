@@ -75,10 +75,14 @@ class _Chunks:
         self._tokenizer = served.tokenizer
         self._request, self._thinking, self._prompt_ids = request, thinking, prompt_ids
         self._num_calls = [0] * (request.n or 1)
+        self._num_tokens = [0] * (request.n or 1)
+        options = request.stream_options
+        self._tells_usage = bool(options and options.continuous_usage_stats)
         self._logprobs: list[list[dict[str, Any]]] = [[] for _ in range(request.n or 1)]
 
     def take(self, index: int, item: Item) -> Iterable[bytes]:
         if isinstance(item, Piece):
+            self._num_tokens[index] = item.num_tokens
             if item.part == "answer":
                 yield self.chunk(index, {"content": item.text})
             elif self._thinking.shown:
@@ -100,7 +104,16 @@ class _Chunks:
         if self._request.logprobs:
             held, self._logprobs[index] = self._logprobs[index], []
             choice["logprobs"] = {"content": held, "refusal": None} if held else None
-        return event({**self.head, "choices": [choice]})
+        so_far = {"usage": self._usage_so_far()} if self._tells_usage else {}
+        return event({**self.head, "choices": [choice], **so_far})
+
+    def _usage_so_far(self) -> dict[str, int]:
+        prompt, written = len(self._prompt_ids), sum(self._num_tokens)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": written,
+            "total_tokens": prompt + written,
+        }
 
     def _call(self, index: int, call: ToolCall) -> Iterable[bytes]:
         number = self._num_calls[index]

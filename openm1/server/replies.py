@@ -53,6 +53,8 @@ class Piece:
 
     part: Part
     text: str
+    num_tokens: int = 0
+    """Tokens of the reply when this text was sure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,21 +108,33 @@ class ReplyText:
         self.reasoning: list[str] = []
         self.tool_calls: list[ToolCall] = []
 
-    def push(self, token: int) -> list[Piece | ToolCall]:
-        pieces: list[Piece | ToolCall] = []
-        if self._held_eos:  # It was not the last: the request ignores ends of sentence.
-            self._held_eos = False
-            pieces = self._take(self._decoder.push(self._eos or 0))
-        if token == self._eos:
-            self._held_eos = True
-            self._num_tokens += 1
-            return pieces
-        pieces += self._take(self._decoder.push(token))
-        return pieces
+    def push(self, tokens: Sequence[int]) -> list[Piece | ToolCall]:
+        """The pieces that these tokens make sure."""
+        if self._order.wants_tokens:  # Which are the answer's is found one by one.
+            return [piece for token in tokens for piece in self._push_together([token])]
+        return self._push_together(tokens)
+
+    def _push_together(self, tokens: Sequence[int]) -> list[Piece | ToolCall]:
+        texts: list[str] = []
+        for token in tokens:
+            if self._held_eos:  # It was not the last: the request ignores ends of sentence.
+                texts.append(self._decoder.push(self._eos or 0))
+            self._held_eos = token == self._eos
+            if not self._held_eos:
+                texts.append(self._decoder.push(token))
+        self._num_tokens += len(tokens)
+        was_answer, text = self._answer_begun, "".join(texts)
+        split = self._splitter.push(text)
+        writes_answer = bool(split) and split[-1][0] == "answer"
+        if not self._held_eos:
+            self._place(self._num_tokens - 1, was_answer, writes_answer)
+        self._answer_begun = was_answer or writes_answer
+        return self._parts(split, text)
 
     def flush(self) -> list[Piece | ToolCall]:
         """What was held back; an end of sentence at the very end is no text."""
-        pieces = self._take(self._decoder.flush(), is_token=False)
+        rest = self._decoder.flush()
+        pieces = self._parts(self._splitter.push(rest), rest)
         pieces += self._parts(self._splitter.flush(), "")
         pieces += self._answer_text(self._cutter.flush())
         if self._calls is not None:
@@ -139,16 +153,8 @@ class ReplyText:
         found = {s: self._answer.find(s) for s in self._order.params.stop}
         return min((at, s) for s, at in found.items() if at >= 0)[1]
 
-    def _take(self, text: str, *, is_token: bool = True) -> list[Piece | ToolCall]:
-        was_answer = self._answer_begun
-        split = self._splitter.push(text)
-        if is_token:
-            self._place(was_answer, bool(split) and split[-1][0] == "answer")
-        return self._parts(split, text)
-
-    def _place(self, was_answer: bool, writes_answer: bool) -> None:
+    def _place(self, place: int, was_answer: bool, writes_answer: bool) -> None:
         """Notes whether the token just taken is the answer's."""
-        place, self._num_tokens = self._num_tokens, self._num_tokens + 1
         if was_answer or not self._order.is_chat:
             self.answer_places.append(place)
         elif not self._splitter.has_thought:
@@ -158,7 +164,6 @@ class ReplyText:
                 self.answer_places += self._undecided
         elif writes_answer:
             self.answer_places.append(place)
-        self._answer_begun = was_answer or writes_answer
 
     def _parts(self, split: Iterable[tuple[Part, str]], raw: str) -> list[Piece | ToolCall]:
         pieces: list[Piece | ToolCall] = []
@@ -166,7 +171,7 @@ class ReplyText:
             return self._raw(split, raw)
         for part, text in split:
             if part == "reasoning":
-                pieces += self._keep([Piece(part, text)])
+                pieces += self._keep(part, text)
             else:
                 pieces += self._answer_text(self._cut(text))
         return pieces
@@ -179,9 +184,9 @@ class ReplyText:
             return []
         if answer and self._raw_held.endswith(answer):
             before, self._raw_held = self._raw_held.removesuffix(answer), ""
-            return self._keep([Piece("answer", before)]) + self._answer_text(self._cut(answer))
+            return self._keep("answer", before) + self._answer_text(self._cut(answer))
         before, self._raw_held = self._raw_held, ""
-        return self._keep([Piece("answer", before)])
+        return self._keep("answer", before)
 
     def _cut(self, text: str) -> str:
         if self._order.params.stop:
@@ -192,21 +197,19 @@ class ReplyText:
     def _answer_text(self, text: str) -> list[Piece | ToolCall]:
         if self._calls is not None:
             return self._keep_calls(self._calls.push(text))
-        return self._keep([Piece("answer", text)])
+        return self._keep("answer", text)
 
-    def _keep(self, pieces: list[Piece]) -> list[Piece | ToolCall]:
-        kept: list[Piece | ToolCall] = []
-        for piece in pieces:
-            if piece.text:
-                (self.reasoning if piece.part == "reasoning" else self.text).append(piece.text)
-                kept.append(piece)
-        return kept
+    def _keep(self, part: Part, text: str) -> list[Piece | ToolCall]:
+        if not text:
+            return []
+        (self.reasoning if part == "reasoning" else self.text).append(text)
+        return [Piece(part, text, self._num_tokens)]
 
     def _keep_calls(self, items: Sequence[str | ToolCall]) -> list[Piece | ToolCall]:
         kept: list[Piece | ToolCall] = []
         for item in items:
             if isinstance(item, str):
-                kept += self._keep([Piece("answer", item)])
+                kept += self._keep("answer", item)
             elif not (self._order.one_call and self.tool_calls):
                 call = replace(item, id=f"call_{secrets.token_hex(12)}")
                 self.tool_calls.append(call)
@@ -255,8 +258,7 @@ class ReplyWriter:
         )
         ledger.complete(completion)
         text = self._text(order)
-        for token in completion.token_ids:
-            text.push(token)
+        text.push(completion.token_ids)
         text.flush()
         return _reply(completion, text, order)
 
@@ -264,21 +266,21 @@ class ReplyWriter:
         text = self._text(order)
         tokens: list[TokenEvent] = []
         num_shown = 0
-        events = self.served.policy.stream(
+        bursts = self.served.policy.bursts(
             order.prompt_ids, order.params, snapshot_at=order.snapshot_at
         )
-        async with aclosing(events):
-            async for event in events:
-                if isinstance(event, Completion):
-                    ledger.complete(event)
+        async with aclosing(bursts):
+            async for burst in bursts:
+                if isinstance(burst, Completion):
+                    ledger.complete(burst)
                     for piece in text.flush():
                         yield piece
-                    yield _reply(event, text, order)
+                    yield _reply(burst, text, order)
                     return
-                ledger.token()
-                pieces = text.push(event.token_id)
+                ledger.tokens(len(burst))
+                pieces = text.push([event.token_id for event in burst])
                 if order.wants_tokens:
-                    tokens.append(event)
+                    tokens += burst
                     places = text.answer_places[num_shown:]
                     num_shown += len(places)
                     yield NewTokens(tuple(tokens[place] for place in places))
@@ -303,10 +305,10 @@ class _Ledger:
     num_tokens: int = 0
     is_closed: bool = field(default=False)
 
-    def token(self) -> None:
+    def tokens(self, num_tokens: int) -> None:
         if self.timing.first_token is None:
             self.timing.first_token = time.monotonic()
-        self.num_tokens += 1
+        self.num_tokens += num_tokens
 
     def complete(self, completion: Completion) -> None:
         if not self.is_closed:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class StreamingPolicy(Protocol):
     """What the server asks of an engine; `engine.client.EnginePolicy` is one."""
 
-    def stream(
+    def bursts(
         self, prompt_ids: list[int], params: SamplingParams, *, snapshot_at: Iterable[int] = ()
-    ) -> AsyncGenerator[TokenEvent | Completion, None]: ...
+    ) -> AsyncGenerator[list[TokenEvent] | Completion, None]: ...
 
     async def generate(
         self, prompt_ids: list[int], params: SamplingParams, *, snapshot_at: Iterable[int] = ()

@@ -48,7 +48,7 @@ def test_a_stream_joins_to_the_whole(client: openai.OpenAI) -> None:
             finish = choice.finish_reason or finish
             num_deltas += 1
     assert (thought, answer, finish) == (THOUGHT, ANSWER, "stop")
-    assert num_deltas > 5, "it did not come in pieces"
+    assert num_deltas > 3, "it did not come in pieces"
     assert usage.completion_tokens_details.reasoning_tokens == 9
 
 
