@@ -15,7 +15,7 @@ from openm1.engine.config import EngineConfig
 from openm1.engine.llm import LLM
 from openm1.server.app import build_app
 from openm1.server.config import ServerConfig
-from openm1.server.run import DrainingServer, listen
+from openm1.server.run import SWITCH_INTERVAL_S, DrainingServer, listen
 from openm1.types import Message, SamplingParams
 
 QUESTIONS = [f"{i % 10} +{i % 7} *3 -{i % 9} +4" for i in range(32)]
@@ -43,6 +43,7 @@ class ServerUnderLoad:
     """The same engine behind a server in a thread, its clients in a process of their own."""
 
     def __init__(self, llm: LLM, *, stream: bool) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         config = ServerConfig(port=0)
         listener = listen(config)
         self._server = DrainingServer(build_app(served_model(llm, "nano"), config), config)

@@ -16,8 +16,8 @@ from openm1.server.config import ServerConfig
 from openm1.server.run import run_server
 from openm1.server.served import CacheCounts, ServedModel
 
-# Nobody reads faster than thirty pieces a second, and each piece costs as much as a token of nano.
-BURST_S = 0.03
+# Nobody reads faster than twenty pieces a second, and each piece costs as much as a token of nano.
+BURST_S = 0.05
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 

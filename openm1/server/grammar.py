@@ -35,39 +35,55 @@ class AnswerGrammar:
         """`source` is llguidance's form of a grammar. Raises ApiError, naming `param`, for one that
         cannot be read or that no answer fits."""
         self._template = _compiled(tokenizer, source)
+        self._eos = tokenizer.eos_token_id or 0
         self._num_ids = tokenizer.vocab_size
         self.error: str | None = None
         """Why the grammar gave up in the middle of an answer, which then ended."""
-        message = self._template.get_error()
-        if not message and not self._template.deep_copy().is_accepting():
-            matcher = self._template.deep_copy()
-            mask = _mask(matcher, self._num_ids)
-            message = matcher.get_error()
-            if not message and not np.delete(mask, tokenizer.eos_token_id or 0).any():
-                message = "no finite answer fits it"
-        if message:
-            reason = message.splitlines()[0][:300]
+        if reason := self._why_hopeless():
             raise bad_request(f"{param} cannot be followed: {reason}", param, "invalid_grammar")
 
+    def _why_hopeless(self) -> str:
+        """Tries a first token; "" where it can be gone on from."""
+        matcher = self._template.deep_copy()
+        if matcher.is_error():
+            return first_line(matcher)
+        mask = mask_of(matcher, self._num_ids)
+        if not np.delete(mask, self._eos).any() and not matcher.is_accepting():
+            return first_line(matcher) or "no answer fits it"
+        matcher.try_consume_tokens([int(np.flatnonzero(mask)[0])])
+        return first_line(matcher)
+
     def start(self) -> AnswerMatcher:
-        return AnswerMatcher(self, self._template.deep_copy(), self._num_ids)
+        return AnswerMatcher(self, self._template.deep_copy(), self._num_ids, self._eos)
 
 
 class AnswerMatcher:
     """`protocols.GrammarMatcher` over llguidance's."""
 
-    def __init__(self, grammar: AnswerGrammar, matcher: llguidance.LLMatcher, num_ids: int) -> None:
-        self._grammar, self._matcher, self._num_ids = grammar, matcher, num_ids
+    def __init__(
+        self, grammar: AnswerGrammar, matcher: llguidance.LLMatcher, num_ids: int, eos: int
+    ) -> None:
+        self._grammar, self._matcher = grammar, matcher
+        self._num_ids, self._eos = num_ids, eos
 
     def consume(self, token_id: int) -> bool:
-        # A matcher that has given up takes whatever ends the answer.
-        return self._matcher.is_error() or self._matcher.try_consume_tokens([token_id]) == 1
+        taken = self._matcher.try_consume_tokens([token_id]) == 1
+        # A grammar that has given up has no say any more; the answer ends with the next token.
+        return self._note_error() or taken
 
     def allowed(self) -> np.ndarray:
-        mask = _mask(self._matcher, self._num_ids)
-        if self._matcher.is_error():
-            self._grammar.error = self._matcher.get_error().splitlines()[0][:300]
+        mask = mask_of(self._matcher, self._num_ids)
+        if not self._note_error() and not mask.any():
+            self._grammar.error = "no token may follow what the answer has"
+        if self._grammar.error is not None:
+            mask[:] = False
+            mask[self._eos] = True
         return mask
+
+    def _note_error(self) -> bool:
+        if self._matcher.is_error():
+            self._grammar.error = first_line(self._matcher)
+        return self._grammar.error is not None
 
 
 def json_schema_source(schema: Any, param: str) -> str:
@@ -107,9 +123,14 @@ def _arguments_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", **parameters, "x-guidance": _JSON_STYLE}
 
 
-def _mask(matcher: llguidance.LLMatcher, num_ids: int) -> np.ndarray:
+def mask_of(matcher: llguidance.LLMatcher, num_ids: int) -> np.ndarray:
     bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
     return np.unpackbits(bits, bitorder="little")[:num_ids].astype(bool)
+
+
+def first_line(matcher: llguidance.LLMatcher) -> str:
+    """What is wrong with a matcher, without its inner state; "" for nothing."""
+    return (matcher.get_error().splitlines() or [""])[0][:300]
 
 
 @lru_cache(maxsize=64)

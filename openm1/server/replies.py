@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -23,6 +24,8 @@ from openm1.types import Completion, SamplingParams, ToolCall
 
 if TYPE_CHECKING:
     from openm1.engine.client import TokenEvent
+
+_LOG = logging.getLogger("openm1.server.replies")
 
 ApiFinish = Literal["stop", "length", "tool_calls"]
 
@@ -115,15 +118,12 @@ class ReplyText:
         return self._push_together(tokens)
 
     def _push_together(self, tokens: Sequence[int]) -> list[Piece | ToolCall]:
-        texts: list[str] = []
-        for token in tokens:
-            if self._held_eos:  # It was not the last: the request ignores ends of sentence.
-                texts.append(self._decoder.push(self._eos or 0))
-            self._held_eos = token == self._eos
-            if not self._held_eos:
-                texts.append(self._decoder.push(token))
+        # An end of sentence is text only where the request ignores it and more follows.
+        sure = [self._eos or 0, *tokens] if self._held_eos else [*tokens]
+        self._held_eos = sure[-1] == self._eos
         self._num_tokens += len(tokens)
-        was_answer, text = self._answer_begun, "".join(texts)
+        was_answer = self._answer_begun
+        text = self._decoder.push(*(sure[:-1] if self._held_eos else sure))
         split = self._splitter.push(text)
         writes_answer = bool(split) and split[-1][0] == "answer"
         if not self._held_eos:
@@ -225,6 +225,7 @@ class ReplyWriter:
     gate: Gate
     metrics: Metrics
     meter: UsageMeter
+    log_prompts: bool = False
 
     async def write(
         self, order: ReplyOrder, *, key: str, endpoint: str
@@ -237,6 +238,8 @@ class ReplyWriter:
         ledger = _Ledger(self, key, endpoint, len(order.prompt_ids), timing)
         async with self.gate.turn(order.params.priority) as waited_s:
             self.metrics.queued(waited_s)
+            if self.log_prompts:
+                _LOG.info("asked: %r", self.served.tokenizer.decode(order.prompt_ids))
             try:
                 if order.streams:
                     items = self._stream(order, ledger)
@@ -260,7 +263,7 @@ class ReplyWriter:
         text = self._text(order)
         text.push(completion.token_ids)
         text.flush()
-        return _reply(completion, text, order)
+        return _reply(completion, text, order, log_prompts=self.log_prompts)
 
     async def _stream(self, order: ReplyOrder, ledger: _Ledger) -> AsyncGenerator[Item, None]:
         text = self._text(order)
@@ -275,7 +278,7 @@ class ReplyWriter:
                     ledger.complete(burst)
                     for piece in text.flush():
                         yield piece
-                    yield _reply(burst, text, order)
+                    yield _reply(burst, text, order, log_prompts=self.log_prompts)
                     return
                 ledger.tokens(len(burst))
                 pieces = text.push([event.token_id for event in burst])
@@ -331,6 +334,16 @@ class _Ledger:
             )
 
     def _write(self, completion: Completion) -> None:
+        _LOG.info(
+            "%s %s: %d tokens read, %d of them cached, %d written, %d of them thought, %s",
+            self.key,
+            self.endpoint,
+            completion.num_prompt_tokens,
+            completion.cached_tokens,
+            len(completion.token_ids),
+            completion.num_reasoning_tokens,
+            completion.finish_reason,
+        )
         self.writer.metrics.finished(completion, self.timing)
         self.writer.meter.record(
             UsageRecord(
@@ -346,7 +359,9 @@ class _Ledger:
         )
 
 
-def _reply(completion: Completion, text: ReplyText, order: ReplyOrder) -> Reply:
+def _reply(
+    completion: Completion, text: ReplyText, order: ReplyOrder, *, log_prompts: bool
+) -> Reply:
     if order.grammar is not None and order.grammar.error is not None:
         reason = order.grammar.error
         raise bad_request(f"the grammar became too complex: {reason}", code="invalid_grammar")
@@ -357,6 +372,8 @@ def _reply(completion: Completion, text: ReplyText, order: ReplyOrder) -> Reply:
         reasoning=reasoning,
         tool_calls=tuple(text.tool_calls),
     )
+    if log_prompts:
+        _LOG.info("answered: %r, having thought: %r", whole.text, whole.reasoning)
     return Reply(whole, text.stop_string, tuple(text.answer_places))
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -17,6 +18,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from openm1.server.app import serving_of
 from openm1.server.config import ServerConfig
 from openm1.server.errors import ApiError
+
+SWITCH_INTERVAL_S = 0.001
 
 _LOG = logging.getLogger("openm1.server")
 
@@ -29,6 +32,8 @@ def run_server(
     `on_ready` is told the address. A second signal ends the process at once. Raises OSError where
     the port cannot be had.
     """
+    # The engine's thread computes outside of Python and should not wait long to come back in.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     listener = listen(config)
     host, port = listener.getsockname()[:2]
     if on_ready is not None:

@@ -64,10 +64,14 @@ class Serving:
             return EventStream(chunks(ready), place.pop_all(), anthropic=anthropic)
 
     async def _all(self, orders: Sequence[ReplyOrder], key: str, endpoint: str) -> list[Reply]:
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(collected(self._write(order, key, endpoint))) for order in orders
-            ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(collected(self._write(order, key, endpoint)))
+                    for order in orders
+                ]
+        except ExceptionGroup as failed:  # What ails one ails all; one is told.
+            raise failed.exceptions[0] from failed
         return [reply for task in tasks for reply in task.result() if isinstance(reply, Reply)]
 
     def _write(self, order: ReplyOrder, key: str, endpoint: str) -> AsyncGenerator[Item, None]:
@@ -86,5 +90,11 @@ def start_serving(served: ServedModel, config: ServerConfig) -> Serving:
         metrics=metrics,
         meter=meter,
         desk=Desk(served=served, config=config),
-        writer=ReplyWriter(served=served, gate=gate, metrics=metrics, meter=meter),
+        writer=ReplyWriter(
+            served=served,
+            gate=gate,
+            metrics=metrics,
+            meter=meter,
+            log_prompts=config.log_prompts,
+        ),
     )

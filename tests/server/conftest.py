@@ -1,4 +1,4 @@
-"""One nano and one open server for all tests of a worker; tests that need limits start their own."""
+"""One nano and one server for all tests of a worker; who needs limits starts another."""
 
 from __future__ import annotations
 

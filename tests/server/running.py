@@ -66,9 +66,9 @@ def chat_body(content: str = QUESTION, **fields: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def running(llm: LLM, **config: Any) -> Iterator[Running]:
+def running(llm: LLM, *, context_tokens: int | None = None, **config: Any) -> Iterator[Running]:
     config = ServerConfig(port=0, **config)
-    app = build_app(served_model(llm, "nano"), config)
+    app = build_app(served_model(llm, "nano", context_tokens=context_tokens), config)
     listener = listen(config)
     server = DrainingServer(app, config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
