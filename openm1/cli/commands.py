@@ -13,6 +13,8 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from openm1.engine.config import EngineConfig
 
 Kernels = Literal["auto", "torch", "cpu"]
@@ -344,9 +346,10 @@ def serve(
     from openm1.cli.needs import need_server
 
     need_server()
-    from openm1.cli.serve import read_keys, run_serve, usage_url
+    from openm1.cli.serve import read_keys, run_serve
     from openm1.engine.llm import LLM
     from openm1.server.config import ServerConfig
+    from openm1.server.usage import usage_url
 
     config = ServerConfig(
         host=host,
@@ -369,6 +372,45 @@ def serve(
     run_serve(llm, name or Path(model).name, config, context_tokens=context)
 
 
+def usage(
+    *,
+    db: str | None = None,
+    since: str | None = None,
+    input_prices: tuple[float, float, float] = (0.8, 1.2, 2.4),
+    output_prices: tuple[float, float, float] = (8.0, 16.0, 24.0),
+    currency: str = "CNY",
+    json_: Annotated[bool, arg(name="json")] = False,
+) -> None:
+    """The bill: what each key has used of `openm1 serve`, by length of prompt.
+
+    Prices are per million tokens in prompts of up to 32K, up to 128K and above; those given are
+    what MiniMax asked when M1 came out. --since is a day, like 2026-11-01, in UTC.
+    """
+    from openm1.cli.needs import need_server
+
+    need_server()
+    from openm1.cli.usage import bill_json, bill_table
+    from openm1.server.usage import TIERS, read_bill, usage_url
+
+    lines = read_bill(usage_url(db), since=_day(since))
+    prices = dict(zip(TIERS, zip(input_prices, output_prices, strict=True), strict=True))
+    if json_:
+        print(json.dumps(bill_json(lines, prices, currency)))
+        return
+    from rich.console import Console
+
+    Console().print(bill_table(lines, prices, currency))
+
+
+def _day(text: str | None) -> datetime | None:
+    from datetime import UTC, datetime
+
+    try:
+        return None if text is None else datetime.fromisoformat(text).replace(tzinfo=UTC)
+    except ValueError:
+        raise ValueError(f"since is {text!r}; allowed is a day like 2026-11-01") from None
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "generate": generate,
@@ -377,5 +419,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": evaluate,
     "bench": bench,
     "serve": serve,
+    "usage": usage,
     "demo": demo,
 }

@@ -15,6 +15,7 @@ from openm1.server.app import build_app
 from openm1.server.config import ServerConfig
 from openm1.server.run import run_server
 from openm1.server.served import CacheCounts, ServedModel
+from openm1.types import SamplingParams
 
 # Nobody reads faster than twenty pieces a second, and each piece costs as much as a token of nano.
 BURST_S = 0.05
@@ -27,6 +28,8 @@ def run_serve(llm: LLM, name: str, config: ServerConfig, *, context_tokens: int 
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     if config.host not in LOOPBACK and not config.api_keys:
         logging.warning("%s is reachable from outside and no API key is set", config.host)
+    # Kernels are compiled and memory is taken before the first client comes.
+    llm.generate([[0]], SamplingParams(max_tokens=2, ignore_eos=True))
     app = build_app(served_model(llm, name, context_tokens=context_tokens), config)
     try:
         run_server(app, config, on_ready=lambda address: _greet(name, address))
@@ -68,15 +71,6 @@ def read_keys(file: Path | None) -> dict[str, str]:
     if key := os.environ.get("OPENM1_API_KEY"):
         keys["default"] = key
     return keys
-
-
-def usage_url(given: str | None) -> str:
-    """The usage database: what was given, or a file of SQLite in the user's state folder."""
-    if given is not None:
-        return given
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "openm1"
-    state.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{state / 'usage.sqlite'}"
 
 
 def _cache_counts(llm: LLM) -> CacheCounts:

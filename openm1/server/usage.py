@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from sqlalchemy import (
     BigInteger,
@@ -29,8 +31,6 @@ from sqlalchemy.pool import StaticPool
 
 TIERS = {"0-32K": 32 * 1024, "32-128K": 128 * 1024, "128K-1M": None}
 """Longest prompt of each tier; None is open. K is 1024."""
-LAUNCH_PRICES_CNY = {"0-32K": (0.8, 8.0), "32-128K": (1.2, 16.0), "128K-1M": (2.4, 24.0)}
-"""Per million tokens read and written, thoughts being written (MiniMax's launch prices, 2025)."""
 
 RETRY_S = 5.0
 
@@ -78,7 +78,7 @@ class BillLine:
     completion_tokens: int
     reasoning_tokens: int
 
-    def price(self, prices: dict[str, tuple[float, float]]) -> float:
+    def price(self, prices: Mapping[str, tuple[float, float]]) -> float:
         read, written = prices[self.tier]
         return (self.prompt_tokens * read + self.completion_tokens * written) / 1e6
 
@@ -136,6 +136,15 @@ class UsageMeter:
             return False
         self.error = None
         return True
+
+
+def usage_url(given: str | None) -> str:
+    """The usage database: what was given, or a file of SQLite in the user's state folder."""
+    if given is not None:
+        return given
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "openm1"
+    state.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{state / 'usage.sqlite'}"
 
 
 def open_database(url: str) -> Engine:
