@@ -165,8 +165,13 @@ class PolicyState(Document):
     version: int
 
 
+EVENT: dict[str, Any] = {
+    "type": "object",
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+    "required": ["data"],
+}
 EVENTS: dict[str, Any] = {
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": {"text/event-stream": {"schema": EVENT}},
     "description": "The reply; with `stream`, server-sent events.",
 }
 

@@ -98,7 +98,7 @@ class ResponsesRequest(Body):
     truncation: Literal["disabled"] | None = Field(
         None, description="A conversation that is too long is refused, never cut."
     )
-    background: Literal[False] | None = None
+    background: bool | None = Field(None, description="Only false is allowed.")
     previous_response_id: None = Field(
         None, description="Responses are not stored: send the whole conversation."
     )
@@ -115,7 +115,9 @@ class ResponsesRequest(Body):
 
 
 def responses_as_chat(request: ResponsesRequest) -> ChatRequest:
-    """The same request in the chat API's words."""
+    """The same request in the chat API's words; raises ApiError for what has none."""
+    if request.background:
+        raise bad_request("background is True; allowed is false, nothing is stored", "background")
     system = [ChatMessage(role="system", content=request.instructions)]
     fields: dict[str, Any] = {
         "model": request.model,

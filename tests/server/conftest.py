@@ -19,5 +19,5 @@ def llm() -> LLM:
 
 @pytest.fixture(scope="session")
 def server(llm: LLM) -> Iterator[Running]:
-    with running(llm, admin_key="admin") as running_server:
+    with running(llm, admin_key="admin", default_max_tokens=1024) as running_server:
         yield running_server

@@ -21,10 +21,9 @@ from openm1.types import SamplingParams, ToolSpec
 
 from .running import ADD, Running
 
-TOOLS = [
-    ToolSpec(name="add", parameters=ADD),
-    ToolSpec(name='odd "name"\n', parameters={"properties": {"x": {"const": "</tool_calls>"}}}),
-]
+# A number that no double holds is valid JSON but no argument to the parser, so none may come here.
+ODD = {"properties": {"x": {"const": "</tool_calls>"}}, "additionalProperties": False}
+TOOLS = [ToolSpec(name="add", parameters=ADD), ToolSpec(name='odd "name"\n', parameters=ODD)]
 
 
 def walk(grammar: AnswerGrammar, llm: LLM, text: str) -> bool:
