@@ -68,8 +68,11 @@ class GrammarMatcher(Protocol):
         """Takes the answer's next token; False, and nothing taken, where the grammar forbids it."""
         ...
 
-    def allowed(self) -> np.ndarray:
-        """Bool by token id: what may come next, at least one token, end of sentence included."""
+    def allowed(self, num_left: int) -> np.ndarray:
+        """Bool by token id: what may come next, at least one token, end of sentence included.
+
+        The reply may have `num_left` tokens more; a matcher may see to it that it ends in time.
+        """
         ...
 
 

@@ -50,6 +50,7 @@ class Adjustment:
         self._grammar = params.grammar
         self._matcher = None if params.grammar is None else params.grammar.start()
         self._off_grammar = False
+        self._max_tokens = params.max_tokens
 
     def catch_up(self, output_ids: list[int], answer_start: int) -> None:
         """Counts what the answer, `output_ids[answer_start:]`, has gained since the last call."""
@@ -79,7 +80,7 @@ class Adjustment:
         if self._matcher is None:
             return None
         if not self._off_grammar:
-            return self._matcher.allowed()
+            return self._matcher.allowed(self._max_tokens - self._counted)
         assert opening_token is not None, "an answer has left its grammar"
         return np.arange(len(self._counts)) == opening_token
 

@@ -20,6 +20,8 @@ from openm1.server.errors import bad_request
 from openm1.types import ToolSpec
 
 MAX_PARALLEL_CALLS = 16
+# What ends JSON and a block of calls, in the order in which one thing stands inside another.
+_ENDS = ('"', "}", "]", "<", ",")
 # As models write JSON, and as `json.dumps` does. Free blanks would let a model write them for ever.
 _JSON_STYLE: Any = {
     "whitespace_flexible": False,
@@ -31,9 +33,15 @@ _JSON_STYLE: Any = {
 class AnswerGrammar:
     """`protocols.Grammar` for one reply."""
 
-    def __init__(self, tokenizer: Tokenizer, source: str, param: str) -> None:
-        """`source` is llguidance's form of a grammar. Raises ApiError, naming `param`, for one that
-        cannot be read or that no answer fits."""
+    def __init__(
+        self, tokenizer: Tokenizer, source: str, param: str, *, landing_tokens: int = 0
+    ) -> None:
+        """`source` is llguidance's form of a grammar. With so many tokens left as `landing_tokens`
+        an answer is led to its end by the shortest way, so that it is whole. Raises ApiError,
+        naming `param`, for a grammar that cannot be read or that no answer fits."""
+        self._landing_tokens = landing_tokens
+        ends = [tokenizer.token_id(text) for text in _ENDS]
+        self._ends = [tokenizer.eos_token_id, *ends]
         self._template = _compiled(tokenizer, source)
         self._eos = tokenizer.eos_token_id or 0
         self._num_ids = tokenizer.vocab_size
@@ -56,6 +64,15 @@ class AnswerGrammar:
     def start(self) -> AnswerMatcher:
         return AnswerMatcher(self, self._template.deep_copy(), self._num_ids, self._eos)
 
+    def lead_to_end(self, mask: np.ndarray, num_left: int) -> None:
+        """In place: of what is allowed only what closes most, when it is time to land."""
+        if num_left > self._landing_tokens:
+            return
+        closing = next((end for end in self._ends if end is not None and mask[end]), None)
+        if closing is not None:
+            mask[:] = False
+            mask[closing] = True
+
 
 class AnswerMatcher:
     """`protocols.GrammarMatcher` over llguidance's."""
@@ -71,13 +88,14 @@ class AnswerMatcher:
         # A grammar that has given up has no say any more; the answer ends with the next token.
         return self._note_error() or taken
 
-    def allowed(self) -> np.ndarray:
+    def allowed(self, num_left: int) -> np.ndarray:
         mask = mask_of(self._matcher, self._num_ids)
         if not self._note_error() and not mask.any():
             self._grammar.error = "no token may follow what the answer has"
         if self._grammar.error is not None:
             mask[:] = False
             mask[self._eos] = True
+        self._grammar.lead_to_end(mask, num_left)
         return mask
 
     def _note_error(self) -> bool:
@@ -116,6 +134,15 @@ def tool_calls_source(tools: Sequence[ToolSpec], *, parallel: bool) -> str:
         rules.append(f'call{i}: {json.dumps(head)} arguments{i} "}}"')
         rules.append(f"arguments{i}: %json {json.dumps(_arguments_schema(tool.parameters))}")
     return llguidance.LLMatcher.grammar_from_lark("\n".join(rules))
+
+
+def landing_tokens(tokenizer: Tokenizer, tools: Sequence[ToolSpec]) -> int:
+    """What a call needs at most to end, once its strings and numbers are cut short."""
+    longest = max(
+        (json.dumps(dict.fromkeys(tool.parameters.get("required", ()), "")) for tool in tools),
+        key=len,
+    )
+    return 2 * len(tokenizer.encode(longest + TOOL_CALLS_CLOSE))
 
 
 def _arguments_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from openm1.server.grammar import (
     AnswerGrammar,
     json_object_source,
     json_schema_source,
+    landing_tokens,
     regex_source,
     tool_calls_source,
 )
@@ -171,7 +172,9 @@ class Desk:
             raise bad_request(f"tool_choice wants {wanted!r}, which is not in tools", "tool_choice")
         parallel = request.parallel_tool_calls is not False and not named
         source = tool_calls_source(tools, parallel=parallel)
-        return AnswerGrammar(self.served.tokenizer, source, "tools")
+        tokenizer = self.served.tokenizer
+        landing = landing_tokens(tokenizer, tools)
+        return AnswerGrammar(tokenizer, source, "tools", landing_tokens=landing)
 
     def _format_grammar(self, wanted: ResponseFormat | None) -> AnswerGrammar | None:
         if wanted is None or wanted.type == "text":

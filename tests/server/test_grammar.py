@@ -14,6 +14,7 @@ from openm1.server.errors import ApiError
 from openm1.server.grammar import (
     AnswerGrammar,
     json_schema_source,
+    landing_tokens,
     regex_source,
     tool_calls_source,
 )
@@ -31,12 +32,12 @@ def walk(grammar: AnswerGrammar, llm: LLM, text: str) -> bool:
     tokenizer = llm.tokenizer
     matcher = grammar.start()
     for token in tokenizer.encode(text):
-        if not matcher.allowed()[token]:
+        if not matcher.allowed(1000)[token]:
             # What is not allowed is not taken either, and changes nothing.
             assert not matcher.consume(token)
             return False
         assert matcher.consume(token)
-    return bool(matcher.allowed()[tokenizer.eos_token_id])
+    return bool(matcher.allowed(1000)[tokenizer.eos_token_id])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_calls_of_a_grammar_are_calls_to_the_parser(llm: LLM) -> None:
     for _ in range(20):
         matcher, ids = grammar.start(), []
         while True:
-            token = int(rng.choice(np.flatnonzero(matcher.allowed())))
+            token = int(rng.choice(np.flatnonzero(matcher.allowed(1000))))
             if token == eos:
                 break
             assert matcher.consume(token)
@@ -88,9 +89,33 @@ def test_calls_of_a_grammar_are_calls_to_the_parser(llm: LLM) -> None:
     assert seen == {tool.name for tool in TOOLS}
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_calls_end_in_time(llm: LLM, seed: int) -> None:
+    """Arguments without an end of their own: strings, numbers, lists, objects of any kind."""
+    properties = {
+        "s": {"type": "string"},
+        "i": {"type": "integer"},
+        "any": {},
+        "l": {"type": "array"},
+    }
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    tools = [ToolSpec(name="f", parameters=parameters)]
+    source = tool_calls_source(tools, parallel=True)
+    landing = landing_tokens(llm.tokenizer, tools)
+    grammar = AnswerGrammar(llm.tokenizer, source, "x", landing_tokens=landing)
+    ids = llm.chat_format.encode([_user("4 -9 +8 *9 +1")])
+    params = SamplingParams(
+        max_tokens=300, temperature=1.5, seed=seed, thinking_budget=20, grammar=grammar
+    )
+    ((completion,),) = llm.generate(ids, params)
+    content, calls = parse_tool_calls(completion.text)
+    assert completion.finish_reason == "stop" and content == "" and calls
+    assert all(json.loads(call.arguments).keys() >= properties.keys() for call in calls)
+
+
 def test_special_tokens_are_no_text(llm: LLM) -> None:
     matcher = AnswerGrammar(llm.tokenizer, regex_source("(.|\n)*"), "x").start()
-    allowed = matcher.allowed()
+    allowed = matcher.allowed(1000)
     special = set(llm.tokenizer.special_tokens.values()) - {llm.tokenizer.eos_token_id}
     assert special and not allowed[list(special)].any()
     assert allowed[:256].sum() > 120 and allowed[llm.tokenizer.eos_token_id]
@@ -108,7 +133,7 @@ def test_a_grammar_that_gives_up_ends_its_answer_and_says_so(llm: LLM) -> None:
     grammar = AnswerGrammar(llm.tokenizer, regex_source("a*"), "x")
     matcher = grammar.start()
     matcher._matcher.consume_token(llm.tokenizer.encode("b")[0])  # As if it had become too complex.
-    assert np.flatnonzero(matcher.allowed()).tolist() == [llm.tokenizer.eos_token_id]
+    assert np.flatnonzero(matcher.allowed(1000)).tolist() == [llm.tokenizer.eos_token_id]
     assert grammar.error
     assert matcher.consume(llm.tokenizer.eos_token_id)
 
