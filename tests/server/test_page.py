@@ -94,7 +94,7 @@ def test_a_reply_comes_in_pieces_and_can_be_stopped_and_tried_again(
     page.type("#text", QUESTION)
     page.press("Enter")
     first = page.wait("running && running.turn.text.length + (running.turn.thought||'').length")
-    page.wait("running.turn.text.length + running.turn.thought.length > arguments[0]", first)
+    page.wait("running.turn.text.length + (running.turn.thought||'').length > arguments[0]", first)
     assert page.run("return document.getElementById('send').ariaLabel") == "Stop"
     page.press("Escape")
     page.wait("!running")
