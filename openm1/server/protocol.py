@@ -157,7 +157,7 @@ class FunctionSpec(Body):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = Field(
-        None, description="True: the arguments always fit the schema, also with tool_choice auto."
+        None, description="No effect with tool_choice auto; a required call always fits its schema."
     )
 
 
