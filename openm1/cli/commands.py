@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +13,8 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from openm1.engine.config import EngineConfig
 
 Kernels = Literal["auto", "torch", "cpu"]
@@ -319,6 +322,104 @@ def train(kind: str, args: Sequence[str]) -> None:
     print(f"wrote {checkpoint}")
 
 
+def serve(
+    *,
+    model: str = "nano",
+    name: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    dtype: Dtype = "float32",
+    weights: Weights = "full",
+    context: int | None = None,
+    thinking_budget: int | None = None,
+    default_max_tokens: int = 8192,
+    max_running: int = 256,
+    max_queued: int = 1024,
+    max_per_key: int | None = None,
+    api_keys: Path | None = None,
+    usage_db: str | None = None,
+    drain_timeout: float = 600.0,
+    log_prompts: bool = False,
+    memory_budget: str | None = None,
+    kernels: Kernels = "auto",
+) -> None:
+    """An API for OpenAI's and Anthropic's clients, and a chat page (docs/server.md).
+
+    Keys come from --api-keys, a file of lines `NAME KEY`, or from OPENM1_API_KEY; the RL verbs need
+    OPENM1_ADMIN_KEY. --name is what clients call the model; --context limits prompt and reply
+    together; --max-running and --max-queued replies are written and may wait; --usage-db is an
+    SQLAlchemy URL. The released models were trained for a --thinking-budget of 40000 and 80000.
+    """
+    import os
+
+    from openm1.cli.needs import need_server
+
+    need_server()
+    from openm1.cli.serve import read_keys, run_serve
+    from openm1.engine.llm import LLM
+    from openm1.server.config import ServerConfig
+    from openm1.server.usage import usage_url
+
+    config = ServerConfig(
+        host=host,
+        port=port,
+        api_keys=read_keys(api_keys),
+        admin_key=os.environ.get("OPENM1_ADMIN_KEY"),
+        max_running_requests=max_running,
+        max_queued_requests=max_queued,
+        max_requests_per_key=max_per_key,
+        default_max_tokens=default_max_tokens,
+        thinking_budget=thinking_budget,
+        drain_timeout_s=drain_timeout,
+        usage_url=usage_url(usage_db),
+        log_prompts=log_prompts,
+    )
+    engine = replace(_engine_config(memory_budget, kernels), max_num_seqs=max_running)
+    llm = LLM(model, dtype=dtype, weights=weights, config=engine)
+    if llm.int8_report is not None:
+        print(llm.int8_report, file=sys.stderr)
+    run_serve(llm, name or Path(model).name, config, context_tokens=context)
+
+
+def usage(
+    *,
+    db: str | None = None,
+    since: str | None = None,
+    input_prices: tuple[float, float, float] = (0.8, 1.2, 2.4),
+    output_prices: tuple[float, float, float] = (8.0, 16.0, 24.0),
+    currency: str = "CNY",
+    json_: Annotated[bool, arg(name="json")] = False,
+) -> None:
+    """The bill: what each key has used of `openm1 serve`, by length of prompt.
+
+    Prices are per million tokens in prompts of up to 32K, up to 128K and above; those given are
+    what MiniMax asked when M1 came out. --since is a day, like 2026-11-01, in UTC.
+    """
+    from openm1.cli.needs import need_server
+
+    need_server()
+    from openm1.cli.usage import bill_json, bill_table
+    from openm1.server.usage import TIERS, read_bill, usage_url
+
+    lines = read_bill(usage_url(db), since=_day(since))
+    prices = dict(zip(TIERS, zip(input_prices, output_prices, strict=True), strict=True))
+    if json_:
+        print(json.dumps(bill_json(lines, prices, currency)))
+        return
+    from rich.console import Console
+
+    Console().print(bill_table(lines, prices, currency))
+
+
+def _day(text: str | None) -> datetime | None:
+    from datetime import UTC, datetime
+
+    try:
+        return None if text is None else datetime.fromisoformat(text).replace(tzinfo=UTC)
+    except ValueError:
+        raise ValueError(f"since is {text!r}; allowed is a day like 2026-11-01") from None
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "generate": generate,
@@ -326,5 +427,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": convert,
     "eval": evaluate,
     "bench": bench,
+    "serve": serve,
+    "usage": usage,
     "demo": demo,
 }

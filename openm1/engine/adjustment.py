@@ -10,7 +10,7 @@ from openm1.types import SamplingParams
 
 
 class Adjustment:
-    """Penalties, bias and bans of one request; only requests that ask for some have one."""
+    """Penalties, bias, bans and grammar of one request, if it asks for any."""
 
     @staticmethod
     def for_request(
@@ -21,7 +21,8 @@ class Adjustment:
         Raises ValueError for ids outside the vocabulary, and where every id is banned.
         """
         asks = params.presence_penalty or params.frequency_penalty or params.logit_bias
-        if asks or params.banned_token_ids or params.repetition_penalty != 1:
+        asks = asks or params.banned_token_ids or params.grammar
+        if asks or params.repetition_penalty != 1:
             return Adjustment(params, prompt_ids, vocab_size)
         return None
 
@@ -46,6 +47,10 @@ class Adjustment:
             self._in_prompt[prompt[prompt < vocab_size]] = True
         self._counts = np.zeros(vocab_size, dtype=np.int32)
         self._start = self._counted = 0
+        self._grammar = params.grammar
+        self._matcher = None if params.grammar is None else params.grammar.start()
+        self._off_grammar = False
+        self._max_tokens = params.max_tokens
 
     def catch_up(self, output_ids: list[int], answer_start: int) -> None:
         """Counts what the answer, `output_ids[answer_start:]`, has gained since the last call."""
@@ -53,14 +58,31 @@ class Adjustment:
             # What looked like an answer was the beginning of a thought.
             self._counts[:] = 0
             self._start = self._counted = answer_start
+            self._matcher = None if self._grammar is None else self._grammar.start()
+            self._off_grammar = False
         for token in output_ids[self._counted :]:
             self._counts[token] += 1
+            if self._matcher is not None and not self._off_grammar:
+                self._off_grammar = not self._matcher.consume(token)
         self._counted = len(output_ids)
 
     def answer_counts(self) -> tuple[np.ndarray, np.ndarray]:
         """(ids the answer has, how often), both int64."""
         ids = np.flatnonzero(self._counts)
         return ids, self._counts[ids].astype(np.int64)
+
+    def allowed_by_grammar(self, opening_token: int | None) -> np.ndarray | None:
+        """Bool by token id; None for no grammar, which is all of them.
+
+        The grammar is left by one thing alone, a thought that has begun to open: then only the
+        token that carries its marker on, `opening_token`, may follow.
+        """
+        if self._matcher is None:
+            return None
+        if not self._off_grammar:
+            return self._matcher.allowed(self._max_tokens - self._counted)
+        assert opening_token is not None, "an answer has left its grammar"
+        return np.arange(len(self._counts)) == opening_token
 
     def repeated_ids(self) -> np.ndarray:
         """Ids that the prompt or the answer has, int64."""

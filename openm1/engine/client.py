@@ -36,7 +36,7 @@ class TokenEvent:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-Event = TokenEvent | Completion | Exception
+Event = list[TokenEvent] | Completion | Exception
 
 
 @dataclass(eq=False)
@@ -63,16 +63,28 @@ class EnginePolicy:
     so the event loop stays free while it computes.
     """
 
-    def __init__(self, engine: Engine, *, tokenizer: Tokenizer | None = None) -> None:
-        """The tokenizer is there to find stop strings; without one they are refused."""
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        tokenizer: Tokenizer | None = None,
+        burst_s: float = 0.0,
+    ) -> None:
+        """The tokenizer is there to find stop strings; without one they are refused.
+
+        Streams get what has come in `burst_s` together, a reply's first token and its end at once:
+        a small model writes faster than one can hand over its tokens one by one.
+        """
         self.engine = engine
         self.tokenizer = tokenizer
+        self.burst_s = burst_s
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="openm1-engine")
         self._callers: list[_Caller] = []
         self._pump_task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._hurry = False
         self._paused = False
+        self._last_burst = 0.0
 
     async def generate(
         self,
@@ -90,14 +102,26 @@ class EnginePolicy:
                     return event
         raise AssertionError("the events ended without a completion")
 
-    def stream(
+    def bursts(
         self, prompt_ids: list[int], params: SamplingParams, *, snapshot_at: Iterable[int] = ()
-    ) -> AsyncGenerator[TokenEvent | Completion, None]:
-        """Each token as it comes, then the whole `Completion`.
+    ) -> AsyncGenerator[list[TokenEvent] | Completion, None]:
+        """Tokens as they come, several where several have come, then the whole `Completion`.
 
         Closing the generator aborts; where you may leave it early, use `contextlib.aclosing`.
         """
         return self._events(prompt_ids, params, snapshot_at, wants_tokens=True)
+
+    async def stream(
+        self, prompt_ids: list[int], params: SamplingParams, *, snapshot_at: Iterable[int] = ()
+    ) -> AsyncGenerator[TokenEvent | Completion, None]:
+        """`bursts`, one token at a time."""
+        async with aclosing(self.bursts(prompt_ids, params, snapshot_at=snapshot_at)) as bursts:
+            async for burst in bursts:
+                if isinstance(burst, Completion):
+                    yield burst
+                    return
+                for event in burst:
+                    yield event
 
     async def pause(self) -> None:
         """Returns when no step runs; none will until `resume`. Requests wait with all they have."""
@@ -146,7 +170,7 @@ class EnginePolicy:
         snapshot_at: Iterable[int],
         *,
         wants_tokens: bool,
-    ) -> AsyncGenerator[TokenEvent | Completion, None]:
+    ) -> AsyncGenerator[list[TokenEvent] | Completion, None]:
         events: asyncio.Queue[Event] = asyncio.Queue()
         caller = _Caller(list(prompt_ids), params, tuple(snapshot_at), wants_tokens, events)
         self._start_pump()
@@ -217,8 +241,12 @@ class EnginePolicy:
                 news = [event for caller in callers for event in self._admit(caller)]
                 ends = time.monotonic() + TURN_S
                 while True:
-                    news += [(c, event) for c in callers for event in self._news(c)]
-                    if news or self._hurry or self._paused or time.monotonic() > ends:
+                    now = time.monotonic()
+                    is_due = now - self._last_burst >= self.burst_s
+                    news += [(c, event) for c in callers for event in self._news(c, is_due)]
+                    if news and is_due:
+                        self._last_burst = now
+                    if news or self._hurry or self._paused or now > ends:
                         return news
                     self.engine.step()
             except Exception as error:
@@ -247,15 +275,16 @@ class EnginePolicy:
         if caller.request is not None:
             self.engine.abort(caller.request)
 
-    def _news(self, caller: _Caller) -> list[Event]:
-        """What happened to a caller's request since it was last asked about."""
+    def _news(self, caller: _Caller, is_due: bool) -> list[Event]:
+        """What happened to a caller's request since it was last asked about, tokens if due."""
         request = caller.request
         if caller.over or request is None:
             return []
         news: list[Event] = []
-        if caller.wants_tokens:
-            num_tokens = len(request.output_ids)
-            news += [_token_event(request, i) for i in range(caller.num_shown, num_tokens)]
+        is_due = is_due or caller.num_shown == 0 or request.finish_reason is not None
+        num_tokens = len(request.output_ids)
+        if caller.wants_tokens and is_due and num_tokens > caller.num_shown:
+            news.append([_token_event(request, i) for i in range(caller.num_shown, num_tokens)])
             caller.num_shown = num_tokens
         if request.finish_reason is not None:
             caller.over = True

@@ -29,13 +29,23 @@ InFlight = Literal["recompute", "keep"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineMemory:
-    """Bytes of keys, values and states."""
+    """Keys, values and states: bytes, pages and states, and who waits for them."""
 
     budget_bytes: int
-    in_use_bytes: int
+    in_use_bytes: int = 0
     """Of running sequences and cached prefixes."""
-    cached_bytes: int
+    cached_bytes: int = 0
     """Of those, what is given up when a request needs the room."""
+    page_tokens: int = 0
+    page_bytes: int = 0
+    state_bytes: int = 0
+    num_pages_in_use: int = 0
+    num_pages_cached: int = 0
+    """Of those in use, what only cached prefixes hold; so too with states."""
+    num_states_in_use: int = 0
+    num_states_cached: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
 
 
 class Engine:
@@ -95,13 +105,21 @@ class Engine:
     @property
     def memory(self) -> EngineMemory:
         if not self._is_open:
-            budget = self.config.memory_budget_bytes or 0
-            return EngineMemory(budget_bytes=budget, in_use_bytes=0, cached_bytes=0)
-        cache = self._scheduler.cache
+            return EngineMemory(budget_bytes=self.config.memory_budget_bytes or 0)
+        scheduler, cache = self._scheduler, self._scheduler.cache
         return EngineMemory(
             budget_bytes=cache.sizes.budget_bytes,
             in_use_bytes=cache.num_bytes_in_use,
             cached_bytes=cache.num_bytes_cached,
+            page_tokens=cache.sizes.page_tokens,
+            page_bytes=cache.sizes.page_bytes,
+            state_bytes=cache.sizes.state_bytes,
+            num_pages_in_use=cache.pages.num_used,
+            num_pages_cached=cache.pages.num_used - cache.pages.num_held,
+            num_states_in_use=cache.states.num_used,
+            num_states_cached=cache.states.num_used - cache.states.num_held,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
         )
 
     def submit(

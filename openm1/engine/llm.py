@@ -27,7 +27,7 @@ from openm1.chat.tools import parse_tool_calls
 from openm1.engine.config import EngineConfig, SpecialTokens
 from openm1.engine.engine import Engine
 from openm1.engine.request import Request
-from openm1.engine.sampler import child_seed
+from openm1.engine.seeds import child_seed
 from openm1.engine.stopping import StopCutter, cut_at_stop
 from openm1.engine.thinking import ends_sentence
 from openm1.model.int8 import Int8Report, quantize_int8

@@ -23,12 +23,10 @@ from openm1.engine.draw import (
     sample_kept,
     sample_plain,
 )
+from openm1.engine.seeds import GOLDEN, mix
 from openm1.engine.thinking import ThoughtTracker
 from openm1.types import SamplingParams
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
 _SECOND_STREAM = 0xD1B54A32D192ED03
 
 
@@ -43,7 +41,7 @@ class SamplingRow:
     forced: int | None = None
     """A token that must come; it is only scored."""
     adjustment: Adjustment | None = None
-    """Penalties, bias and bans, where the row asks for some and the thought is over."""
+    """Penalties, bias, bans and grammar, where the row asks for some and the thought is over."""
     opening_token: int | None = None
     """The token that would begin a thought, where one may yet begin; no adjustment touches it."""
 
@@ -166,7 +164,11 @@ def _adjusted(scores: Float[Tensor, "R V"], rows: list[SamplingRow]) -> Float[Te
     for at, row in enumerate(rows):
         if row.adjustment is not None:
             adjust_logits(scores[at], row.adjustment)
-            if row.opening_token is not None:
+            allowed = row.adjustment.allowed_by_grammar(row.opening_token)
+            if allowed is not None:
+                # Not less than this: of all that is allowed nothing may be taken away.
+                scores[at].masked_fill_(~torch.from_numpy(allowed).to(scores.device), -torch.inf)
+            elif row.opening_token is not None:
                 scores[at, row.opening_token] = -torch.inf
     return scores
 
@@ -255,18 +257,5 @@ def uniforms(seeds: list[int], steps: list[int]) -> Float[Tensor, " S"]:
     # Arrays of unsigned integers wrap without a warning.
     seed = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], dtype=np.uint64)
     step = np.array(steps, dtype=np.uint64)
-    bits = _mix(_mix(seed) + (step + np.uint64(1)) * _GOLDEN)
+    bits = mix(mix(seed) + (step + np.uint64(1)) * GOLDEN)
     return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-
-
-def child_seed(seed: int, index: int) -> int:
-    """An independent seed for the index-th of several samples."""
-    start = np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
-    return int(_mix(_mix(start) ^ np.uint64(index))[0])
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = x + _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,3 +72,68 @@ def test_what_cannot_be_is_refused(params: dict, message: str) -> None:
 
 def test_one_token_may_be_left_and_a_token_banned_twice() -> None:
     assert adjustment_for(banned_token_ids=[0, *range(VOCAB - 1)]) is not None
+
+
+class Letters:
+    """A grammar of fixed answers, and its matcher: the tokens of one of `words`, then `eos`."""
+
+    def __init__(self, *words: tuple[int, ...], eos: int = 0) -> None:
+        self.words = [(*word, eos) for word in words]
+        self.told: list[int] = []
+        self._taken: tuple[int, ...] = ()
+
+    def start(self) -> Letters:
+        fresh = Letters()
+        fresh.words, fresh.told = self.words, self.told
+        return fresh
+
+    def consume(self, token_id: int) -> bool:
+        taken = (*self._taken, token_id)
+        if any(word[: len(taken)] == taken for word in self.words):
+            self._taken = taken
+            return True
+        return False
+
+    def allowed(self, num_left: int) -> np.ndarray:
+        self.told.append(num_left)
+        place, mask = len(self._taken), np.zeros(VOCAB, dtype=bool)
+        for word in self.words:
+            if word[:place] == self._taken and len(word) > place:
+                mask[word[place]] = True
+        return mask
+
+
+def allowed_ids(adjustment: Adjustment, opening_token: int | None = None) -> list[int]:
+    allowed = adjustment.allowed_by_grammar(opening_token)
+    assert allowed is not None
+    return np.flatnonzero(allowed).tolist()
+
+
+def test_a_grammar_follows_the_answer_and_knows_what_is_left() -> None:
+    grammar = Letters((3, 4), (3, 5))
+    adjustment = adjustment_for(grammar=grammar, max_tokens=9)
+    assert adjustment is not None
+    assert allowed_ids(adjustment) == [3]
+    adjustment.catch_up([3], 0)
+    assert allowed_ids(adjustment) == [4, 5]
+    adjustment.catch_up([3, 5], 0)
+    assert allowed_ids(adjustment) == [0]
+    assert grammar.told == [9, 8, 7]
+    assert adjustment_for(presence_penalty=1.0).allowed_by_grammar(None) is None  # pyright: ignore
+
+
+def test_a_grammar_begins_anew_behind_a_thought() -> None:
+    """A marker of two tokens, 7 and 8: its first is no answer, and only its second may follow."""
+    adjustment = adjustment_for(grammar=Letters((3,)))
+    assert adjustment is not None
+    adjustment.catch_up([7], 0)
+    assert allowed_ids(adjustment, opening_token=8) == [8]
+    adjustment.catch_up([7, 8, 1, 1, 9], 5)
+    assert allowed_ids(adjustment) == [3]
+    adjustment.catch_up([7, 8, 1, 1, 9, 3], 5)
+    assert allowed_ids(adjustment) == [0]
+
+
+def test_bans_and_grammars_do_not_mix() -> None:
+    with pytest.raises(ValueError, match="none beside a grammar"):
+        adjustment_for(grammar=Letters((3,)), banned_token_ids=[3])

@@ -16,11 +16,11 @@ from openm1.engine.sampler import (
     Choice,
     SamplingRow,
     adjust_logits,
-    child_seed,
     choose,
     sampling_row,
     uniforms,
 )
+from openm1.engine.seeds import child_seed
 from openm1.engine.thinking import ThoughtTracker
 from openm1.types import SamplingParams
 
@@ -377,3 +377,46 @@ def test_children_differ_from_their_parent_and_from_other_families() -> None:
     seeds = [child_seed(parent, i) for parent in range(20) for i in range(20)]
     assert len({*seeds, *range(20)}) == 420
     assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+class _Only:
+    """A grammar, and its matcher, that always allows the same tokens."""
+
+    def __init__(self, *ids: int) -> None:
+        self.ids = ids
+
+    def start(self) -> _Only:
+        return self
+
+    def consume(self, token_id: int) -> bool:
+        return token_id in self.ids
+
+    def allowed(self, num_left: int) -> np.ndarray:
+        return np.isin(np.arange(VOCAB), self.ids)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 1.0}, {"top_k": 3}])
+def test_only_what_the_grammar_allows_is_drawn(params: dict) -> None:
+    """Its score is that of the whole distribution; a row beside it is free."""
+    logits = torch.randn(2, ROWS_OF_MODEL)
+    rows = [row_of(grammar=_Only(3, 30, 31), logit_bias={4: 100.0}, **params), row_of(step=1)]
+    choice = choose(logits, rows, vocab_size=VOCAB)
+    assert choice.tokens[0] in (3, 30, 31)
+    scale = params.get("temperature") or 1.0
+    expected = torch.log_softmax(logits[0, :VOCAB].double() / scale, -1)[choice.tokens[0]]
+    assert choice.logprobs[0] == pytest.approx(expected.item(), abs=SINGLE)
+    alone = choose(logits[1:], rows[1:], vocab_size=VOCAB)
+    assert choice.tokens[1] == alone.tokens[0]
+
+
+def test_a_thought_may_open_before_a_grammar_and_the_grammar_wins_otherwise() -> None:
+    """The marker's first token decides in the logits as they are, also where it is grammatical."""
+    for likely, expected in ((OPEN, OPEN), (20, 3)):
+        logits = torch.zeros(1, ROWS_OF_MODEL)
+        logits[0, likely] = 50.0
+        logits[0, 3] = 10.0
+        row = replace(row_of(temperature=0.0, grammar=_Only(3, 4)), opening_token=OPEN)
+        assert choose(logits, [row], vocab_size=VOCAB).tokens == [expected]
+    # A grammar whose only way on is the marker's own token must not be left with nothing.
+    row = replace(row_of(temperature=0.0, grammar=_Only(OPEN)), opening_token=OPEN)
+    assert choose(torch.randn(1, ROWS_OF_MODEL), [row], vocab_size=VOCAB).tokens == [OPEN]

@@ -109,6 +109,15 @@ class HybridCache:
         self._epoch = 0
 
     @property
+    def pages(self) -> IdPool:
+        """To be read; what it counts is this cache's business."""
+        return self._pages
+
+    @property
+    def states(self) -> IdPool:
+        return self._slots
+
+    @property
     def num_bytes_in_use(self) -> int:
         return self._bytes(self._pages.num_used, self._slots.num_used)
 
