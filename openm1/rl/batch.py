@@ -22,6 +22,10 @@ class Sample:
     """True for what the policy chose: not prompts, not the environment, not forced tokens."""
     old_logprobs: tuple[float, ...]
     advantage: float
+    prompt: int
+    """The same for the rollouts of one prompt."""
+    mismatch: tuple[float, ...] = ()
+    """Beside the old log-probabilities: what corrects for the sampler's. Empty is no correction."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -34,14 +38,18 @@ def has_signal(group: RolloutGroup) -> bool:
     return len(rewards) > 1
 
 
-def group_samples(group: RolloutGroup) -> list[Sample]:
-    """Samples with group-relative advantages. Failed rollouts are left out of mean and batch."""
+def group_samples(group: RolloutGroup, prompt: int) -> list[Sample]:
+    """Samples with group-relative advantages; `prompt` is the group's number in the batch.
+
+    Failed rollouts are left out of mean and batch, rollouts without a token to learn of the batch.
+    """
     good = [rollout for rollout in group.rollouts if rollout.error is None]
     advantages = group_advantages([r.reward for r in good if r.reward is not None])
-    return [_sample(rollout, a) for rollout, a in zip(good, advantages, strict=True)]
+    samples = [_sample(rollout, a, prompt) for rollout, a in zip(good, advantages, strict=True)]
+    return [sample for sample in samples if sample.num_loss_tokens]
 
 
-def _sample(rollout: Rollout, advantage: float) -> Sample:
+def _sample(rollout: Rollout, advantage: float, prompt: int) -> Sample:
     ids: list[int] = []
     mask: list[bool] = []
     logprobs: list[float] = []
@@ -59,6 +67,7 @@ def _sample(rollout: Rollout, advantage: float) -> Sample:
         loss_mask=tuple(mask),
         old_logprobs=tuple(logprobs),
         advantage=advantage,
+        prompt=prompt,
     )
 
 
@@ -73,12 +82,15 @@ class PolicyBatch:
     """[M] fp32."""
     sample_index: Tensor
     """[M] int64: which sample of this batch."""
+    mismatch: Tensor | None
+    """[M] fp32, where the samples have a correction."""
 
 
 def pack_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") -> PolicyBatch:
     counts = torch.tensor([sample.num_loss_tokens for sample in samples])
     advantages = torch.tensor([sample.advantage for sample in samples])
     old = [logprob for sample in samples for logprob in sample.old_logprobs]
+    mismatch = [factor for sample in samples for factor in sample.mismatch]
     index = torch.repeat_interleave(torch.arange(len(samples)), counts)
     examples = [Example(token_ids=s.token_ids, loss_mask=s.loss_mask) for s in samples]
     return PolicyBatch(
@@ -86,4 +98,5 @@ def pack_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") 
         old_logprobs=torch.tensor(old, device=device),
         advantages=advantages[index].to(device),
         sample_index=index.to(device),
+        mismatch=torch.tensor(mismatch, device=device) if mismatch else None,
     )

@@ -17,7 +17,7 @@ from openm1.envs.mixture import Mixture
 from openm1.model.m1 import M1ForCausalLM
 from openm1.protocols import Policy, WeightSink
 from openm1.rl.batch import group_samples, has_signal
-from openm1.rl.losses import CISPO, Loss
+from openm1.rl.losses import CISPO, Loss, RatioAnchor
 from openm1.rl.monitor import rollout_metrics
 from openm1.rl.update import UpdatePlan, update_policy
 from openm1.rollout.run import run_group
@@ -51,8 +51,7 @@ class RLConfig:
     loss: Loss = field(default_factory=CISPO)
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     schedule: Schedule = field(default_factory=Schedule)
-    recompute_old: bool = False
-    """False anchors the ratio at the probabilities as sampled, True at the trainer's."""
+    anchor: RatioAnchor = field(default_factory=RatioAnchor)
     dynamic_sampling: bool = True
     """Drop groups that are all right or all wrong, and draw new prompts in their place."""
     max_refills: int = 2
@@ -107,7 +106,7 @@ async def train_rl(
             )
             sampled = time.perf_counter()
             taught = [g for g in groups if has_signal(g) or not config.dynamic_sampling]
-            samples = [sample for group in taught for sample in group_samples(group)]
+            samples = [sample for i, g in enumerate(taught) for sample in group_samples(g, i)]
             metrics = rollout_metrics(groups)
             metrics["rollout/signal_share"] = sum(map(has_signal, groups)) / len(groups)
             if samples:
@@ -174,7 +173,7 @@ def _plan(config: RLConfig, step: int, vocab_size: int) -> UpdatePlan:
         temperature=config.temperature,
         learning_rate=config.optimizer.learning_rate * ratio,
         max_grad_norm=config.optimizer.max_grad_norm,
-        recompute_old=config.recompute_old,
+        anchor=config.anchor,
         vocab_size=vocab_size,
     )
 

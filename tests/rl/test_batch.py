@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openm1.rl.batch import group_samples, has_signal, pack_samples
+from openm1.rl import batch
+from openm1.rl.batch import has_signal, pack_samples
 from openm1.types import Completion, Message, Rollout, RolloutGroup, Task, Turn
 
 TASK = Task(family="any", prompt=(Message(role="user", content="?"),), answer="!")
@@ -14,6 +15,10 @@ def turn(prompt: list[int], reply: list[int], forced: tuple[bool, ...] | None = 
     flags = (False,) * len(reply) if forced is None else forced
     completion = Completion(token_ids=tuple(reply), logprobs=logprobs, forced=flags)
     return Turn(prompt_ids=tuple(prompt), completion=completion)
+
+
+def group_samples(group: RolloutGroup):
+    return batch.group_samples(group, prompt=0)
 
 
 def group(*rollouts: Rollout) -> RolloutGroup:
@@ -86,9 +91,9 @@ def test_per_token_tensors_stand_in_packed_order():
     short = turn([1], [50])
     long = turn([1, 2], [60, 70, 80], forced=(False, True, False))
     samples = group_samples(group(scored(1.0, short), scored(0.0, long)))
-    batch = pack_samples(samples)
-    chosen = batch.packed.targets[batch.packed.loss_mask]
+    packed = pack_samples(samples)
+    chosen = packed.packed.targets[packed.packed.loss_mask]
     assert chosen.tolist() == [50, 60, 80]
-    torch.testing.assert_close(batch.old_logprobs, -chosen / 100)
-    assert batch.sample_index.tolist() == [0, 1, 1]
-    assert batch.advantages.tolist() == [1.0, -1.0, -1.0]
+    torch.testing.assert_close(packed.old_logprobs, -chosen / 100)
+    assert packed.sample_index.tolist() == [0, 1, 1]
+    assert packed.advantages.tolist() == [1.0, -1.0, -1.0]

@@ -20,7 +20,7 @@ from openm1.recipes.vocabulary import nano_tokenizer
 from openm1.rl.batch import group_samples, has_signal
 from openm1.rl.local import train_rl_locally
 from openm1.rl.loop import NoUsableRollouts, RLConfig, collect, train_rl
-from openm1.rl.losses import CISPO
+from openm1.rl.losses import CISPO, RatioAnchor
 from openm1.rl.monitor import agreement_metrics
 from openm1.rl.update import UpdatePlan, recompute_logprobs
 from openm1.train.checkpoint import RunFolder, load_trainer_state
@@ -161,7 +161,7 @@ def test_sampler_and_trainer_agree_on_probabilities(temperature: float):
         replace(group, rollouts=[replace(r, reward=float(i)) for i, r in enumerate(group.rollouts)])
         for group in groups
     ]
-    samples = [sample for group in rewarded for sample in group_samples(group)]
+    samples = [sample for i, group in enumerate(rewarded) for sample in group_samples(group, i)]
     plan = UpdatePlan(
         loss=CISPO(),
         num_updates=1,
@@ -169,7 +169,7 @@ def test_sampler_and_trainer_agree_on_probabilities(temperature: float):
         temperature=temperature,
         learning_rate=0.1,
         max_grad_norm=1.0,
-        recompute_old=True,
+        anchor=RatioAnchor(at="old"),
         vocab_size=tokenizer.vocab_size,
     )
     trainer = torch.cat(recompute_logprobs(model, samples, plan))
