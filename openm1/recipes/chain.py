@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from openm1.recipes.runs import ModelShape, RLRun, SupervisedRun, TraceData
-from openm1.rl.loop import RLConfig
+from openm1.rl.batch import BatchConfig
+from openm1.rl.config import RLConfig
 from openm1.train.optim import AdamWConfig
 from openm1.train.schedule import Schedule
 from openm1.train.supervised import SupervisedConfig
@@ -51,6 +52,8 @@ CISPO_RUN = RLRun(
     rl=RLConfig(
         num_steps=24,
         max_response_tokens=20,
+        # A full thought reaches into the last fifth of this window: it must not cost anything.
+        batch=BatchConfig(overlong_share=0.0),
         optimizer=AdamWConfig(learning_rate=1e-4),
         schedule=Schedule(decay_share=0.4),
         save_every_steps=8,

@@ -14,7 +14,7 @@ from openm1.envs.base import is_held_out
 from openm1.recipes.catalog import RECIPES, recipe_stage
 from openm1.recipes.runs import ModelShape, RLRun, SupervisedRun, TraceData, TraceSource, load_start
 from openm1.recipes.vocabulary import nano_tokenizer
-from openm1.rl.loop import RLConfig
+from openm1.rl.config import RLConfig
 from openm1.rl.losses import CISPO, DAPO, GRPO, PPO, REINFORCE, Unified
 
 TOKENIZER = nano_tokenizer()
