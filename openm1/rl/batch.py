@@ -92,10 +92,10 @@ def has_signal(group: RolloutGroup, config: BatchConfig) -> bool:
     return len({rollout.reward for rollout in config.counted(group)}) > 1
 
 
-def pass_rate(group: RolloutGroup) -> float | None:
-    """The share of scored rollouts with the full reward of 1; None if none was scored."""
-    rewards = [r.reward for r in group.rollouts if r.error is None and r.reward is not None]
-    return sum(reward >= 1 for reward in rewards) / len(rewards) if rewards else None
+def pass_rate(group: RolloutGroup) -> float:
+    """The share of rollouts with the full reward of 1. One that failed has not passed: a group of
+    which little is known is not taken for learned."""
+    return sum((rollout.reward or 0.0) >= 1 for rollout in group.rollouts) / len(group.rollouts)
 
 
 def signal_metrics(

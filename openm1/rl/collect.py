@@ -59,7 +59,7 @@ class TaskStream:
 
     def retire(self, groups: Sequence[RolloutGroup], rate: float) -> None:
         """No longer draws the prompts that passed at `rate` or above."""
-        passed = [group.task for group in groups if (pass_rate(group) or 0.0) >= rate]
+        passed = [group.task for group in groups if pass_rate(group) >= rate]
         self.retired.update(map(_prompt_hash, passed))
 
     def state(self) -> dict[str, Any]:

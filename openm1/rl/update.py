@@ -73,16 +73,19 @@ def update_policy(
         "rl/weight_max": max(step["rl/weight_max"] for step in steps),
         "rl/weight_min": min(step["rl/weight_min"] for step in steps),
     }
-    return metrics | means | extremes | _allowed_weights(plan.loss) | {"rl/num_updates": len(steps)}
+    return metrics | means | extremes | _allowed_weights(plan) | {"rl/num_updates": len(steps)}
 
 
-def _allowed_weights(loss: Loss) -> dict[str, float]:
-    """The interval that the clip leaves to a weight; an upper end that is not there is not given.
+def _allowed_weights(plan: UpdatePlan) -> dict[str, float]:
+    """The interval that clip and mismatch leave to a weight; an upper end that is not there is not
+    given.
 
     It stands beside what occurred so that a clip that means something else than was thought is
     seen: 0.2 read as a cap instead of an offset makes every weight 0.2.
     """
-    floor, cap = loss.weight_interval
+    floor, cap = plan.loss.weight_interval
+    if plan.anchor.mismatch_cap is not None:
+        floor, cap = 0.0, cap * plan.anchor.mismatch_cap
     given = {"rl/weight_floor": floor}
     return given if math.isinf(cap) else given | {"rl/weight_cap": cap}
 
@@ -152,7 +155,8 @@ def _mini_batch_step(
         loss_sum += float(result.loss.detach())
         entropy += float(scores.entropy.sum()) / num_tokens
         clipped += float((result.weights != result.ratio).sum()) / num_tokens
-        weights.append(result.weights)
+        mismatch = 1.0 if batch.mismatch is None else batch.mismatch
+        weights.append(result.weights * mismatch)
         ratios.append(result.ratio)
     grad_norm = optimizer_step(
         model,

@@ -185,9 +185,9 @@ def test_every_group_of_a_step_is_accounted_for():
     assert metrics["rollout/overlong_punishment"] == -0.25
 
 
-def test_the_pass_rate_is_of_scored_rollouts():
-    assert pass_rate(group(scored(1.0), scored(1.0), scored(0.0), scored(0.9), FAILED)) == 0.5
-    assert pass_rate(group(FAILED)) is None
+def test_only_a_full_reward_passes():
+    assert pass_rate(group(scored(1.0), scored(0.0), scored(0.9), FAILED)) == 0.25
+    assert pass_rate(group(FAILED)) == 0.0
 
 
 def test_a_rollout_without_a_chosen_token_is_no_sample():

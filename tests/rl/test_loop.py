@@ -84,10 +84,11 @@ def test_refills_have_an_end(changes: dict, rounds: int):
 def test_a_prompt_that_has_been_learned_is_not_drawn_again():
     def asked(**changes) -> list[str]:
         policy = WrittenPolicy(lambda question, _: "7" if question[0] in "0123456" else "1")
-        collected(policy, replace(CONFIG, num_prompts=300, max_refills=5, **changes))
-        return [question for question, _ in policy.asked][:: CONFIG.group_size]
+        config = replace(CONFIG, num_prompts=300, group_size=2, max_refills=3)
+        collected(policy, replace(config, **changes))
+        return [question for question, _ in policy.asked][:: config.group_size]
 
-    # Of some 900 prompts, 1,800 draws repeat many.
+    # Of some 900 prompts, 1,200 draws repeat many.
     drawn = Counter(asked())
     assert max(count for question, count in drawn.items() if question[0] in "789") > 1
     # A round is drawn before it is known what it retires, so a repeat comes within one at most.

@@ -178,6 +178,12 @@ def test_the_weights_that_occur_and_those_that_are_allowed_are_logged():
     _, metrics = update(model, shifted_samples(model), replace(PLAN, loss=GRPO()))
     assert (metrics["rl/weight_floor"], metrics["rl/weight_min"]) == (0.0, 0.0)
     assert "rl/weight_cap" not in metrics
+    # A correction is part of the weight: exp(0.5) of mismatch, cut at 1.5, on a ratio of 1.
+    model = model_without_balance_loss()
+    corrected = replace(PLAN, anchor=RatioAnchor(at="old", mismatch_cap=1.5))
+    _, metrics = update(model, shifted_samples(model), corrected)
+    assert metrics["rl/weight_max"] == pytest.approx(1.5, rel=1e-5)
+    assert (metrics["rl/weight_floor"], metrics["rl/weight_cap"]) == (0.0, 7.5)
 
 
 def test_probabilities_are_taken_at_the_plans_temperature_and_vocabulary():
