@@ -17,7 +17,7 @@ from typing import Literal
 
 from openm1.chat.format import ChatFormat
 from openm1.chat.reply import parse_reply
-from openm1.envs.base import prompt_text
+from openm1.envs.base import GraderError, prompt_text
 from openm1.protocols import Env, Policy, Taskset
 from openm1.types import Message, SamplingParams, StepResult, Task
 
@@ -51,12 +51,15 @@ SECOND reply:
 Give your reasons, then a last line "Verdict: FIRST", "Verdict: SECOND" or "Verdict: TIE"."""
 
 
-class NoVerdict(RuntimeError):
+class NoVerdict(GraderError):
     """The judge's reply has no verdict of the allowed ones: an error, never a grade of 0."""
 
 
 class Judge:
-    """Asks a policy for verdicts. Each call is two requests, one per order of the texts."""
+    """Asks a policy for verdicts. Each call is two requests, one per order of the texts.
+
+    Raises GraderError where the policy fails, NoVerdict where it does not judge.
+    """
 
     def __init__(
         self, policy: Policy, chat_format: ChatFormat, params: SamplingParams = JUDGING
@@ -87,7 +90,10 @@ class Judge:
 
     async def _ask(self, text: str, allowed: dict[str, float] | tuple[str, ...]) -> str:
         prompt_ids = self.chat_format.encode([Message(role="user", content=text)])
-        completion = await self.policy.generate(prompt_ids, self.params)
+        try:
+            completion = await self.policy.generate(prompt_ids, self.params)
+        except Exception as failure:
+            raise GraderError(f"the judge failed: {type(failure).__name__}: {failure}") from failure
         reply = parse_reply(self.chat_format.tokenizer, completion.token_ids).content
         found = re.findall(r"Verdict: *(\w+)", reply)
         if not found or found[-1] not in allowed:

@@ -8,6 +8,7 @@ from pathlib import Path
 from openm1.recipes.runs import ModelShape, RLRun, SupervisedRun, TraceData
 from openm1.rl.batch import BatchConfig
 from openm1.rl.config import RLConfig
+from openm1.rl.stages import WindowGrowth
 from openm1.train.optim import AdamWConfig
 from openm1.train.schedule import Schedule
 from openm1.train.supervised import SupervisedConfig
@@ -59,3 +60,16 @@ CISPO_RUN = RLRun(
         save_every_steps=8,
     ),
 )
+
+WINDOWS_RUN = replace(
+    CISPO_RUN,
+    folder=FOLDER / "rl-windows",
+    rl=replace(
+        CISPO_RUN.rl,
+        max_response_tokens=10,
+        growth=WindowGrowth(
+            later_tokens=(12, 14, 16, 18, 20), horizon_steps=2, perplexity_tolerance=0.1
+        ),
+    ),
+)
+"""M1's walk from 40K to 80K in small: at first only the full thoughts of two operations fit."""

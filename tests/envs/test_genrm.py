@@ -8,7 +8,7 @@ import pytest
 from openm1.envs.chain import ChainTaskset
 from openm1.envs.genrm import GRADES, Judge, JudgedTaskset, Judgement, NoVerdict, RewardShaping
 from openm1.rollout.run import run_rollout
-from openm1.types import Message, SamplingParams
+from openm1.types import Message, Rollout, SamplingParams
 
 from .judges import WrittenJudge, compared, graded
 
@@ -157,10 +157,23 @@ def test_an_unknown_mode_is_refused():
         judged(exact, mode="rank")
 
 
-def test_a_judge_without_a_verdict_is_an_error_on_the_rollout():
-    taskset, policy = judged(lambda _: "no idea")
+def played_with(verdict) -> Rollout:
+    taskset, _ = judged(verdict)
+    player = WrittenJudge(lambda _: "42")
     (task,) = taskset.test(0, 1)
-    played = run_rollout(policy, taskset, task, policy.chat_format, SamplingParams())
-    rollout = asyncio.run(played)
-    assert rollout.reward is None
+    return asyncio.run(run_rollout(player, taskset, task, player.chat_format, SamplingParams()))
+
+
+def test_a_judge_without_a_verdict_is_an_error_on_the_rollout():
+    rollout = played_with(lambda _: "no idea")
+    assert (rollout.reward, rollout.error_source) == (None, "grader")
     assert rollout.error is not None and rollout.error.startswith("NoVerdict")
+
+
+def test_a_judge_that_is_gone_is_the_graders_error():
+    def gone(_: str) -> str:
+        raise ConnectionError("no route")
+
+    rollout = played_with(gone)
+    assert (rollout.reward, rollout.error_source) == (None, "grader")
+    assert rollout.error == "GraderError: the judge failed: ConnectionError: no route"
