@@ -1,1 +1,2 @@
-"""Tasks that grade themselves. Reading order: base, chain, hop, logic, catalog."""
+"""Tasks that grade themselves. Reading order: base, chain, hop, logic, catalog,
+mixture, genrm."""

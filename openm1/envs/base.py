@@ -20,6 +20,10 @@ GARBAGE = "?!"
 """A reply that answers no question of any family."""
 
 
+class GraderError(RuntimeError):
+    """What grades a reply broke or gave no verdict: `Rollout.error_source` is then "grader"."""
+
+
 def prompt_text(task: Task) -> str:
     """The words of the question, which are what the hold-out rule and distinctness look at."""
     return "\n".join(message.content for message in task.prompt)

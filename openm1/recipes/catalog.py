@@ -7,6 +7,11 @@ from openm1.recipes.runs import RLRun, SupervisedRun
 
 RECIPES: dict[str, dict[str, SupervisedRun | RLRun]] = {
     "chain": {"pretrain": chain.PRETRAIN, "sft": chain.COLD_START, "rl": chain.CISPO_RUN},
+    "chain-windows": {
+        "pretrain": chain.PRETRAIN,
+        "sft": chain.COLD_START,
+        "rl": chain.WINDOWS_RUN,
+    },
     "nano": {"pretrain": nano.PRETRAIN, "sft": nano.COLD_START, "rl": nano.CISPO_RUN},
 }
 

@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from openm1.recipes.runs import ModelShape, RLRun, SupervisedRun, TraceData
-from openm1.rl.loop import RLConfig
+from openm1.rl.batch import BatchConfig
+from openm1.rl.config import RLConfig
+from openm1.rl.stages import WindowGrowth
 from openm1.train.optim import AdamWConfig
 from openm1.train.schedule import Schedule
 from openm1.train.supervised import SupervisedConfig
@@ -51,8 +53,23 @@ CISPO_RUN = RLRun(
     rl=RLConfig(
         num_steps=24,
         max_response_tokens=20,
+        # A full thought reaches into the last fifth of this window: it must not cost anything.
+        batch=BatchConfig(overlong_share=0.0),
         optimizer=AdamWConfig(learning_rate=1e-4),
         schedule=Schedule(decay_share=0.4),
         save_every_steps=8,
     ),
 )
+
+WINDOWS_RUN = replace(
+    CISPO_RUN,
+    folder=FOLDER / "rl-windows",
+    rl=replace(
+        CISPO_RUN.rl,
+        max_response_tokens=10,
+        growth=WindowGrowth(
+            later_tokens=(12, 14, 16, 18, 20), horizon_steps=2, perplexity_tolerance=0.1
+        ),
+    ),
+)
+"""M1's walk from 40K to 80K in small: at first only the full thoughts of two operations fit."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from openm1.recipes.runs import ModelShape, RLRun, SupervisedRun, TraceData
-from openm1.rl.loop import RLConfig
+from openm1.rl.batch import BatchConfig
+from openm1.rl.config import RLConfig
 from openm1.train.optim import AdamWConfig
 from openm1.train.schedule import Schedule
 from openm1.train.supervised import SupervisedConfig
@@ -74,6 +75,7 @@ CISPO_RUN = RLRun(
         group_size=16,
         num_updates=8,
         max_response_tokens=200,
+        batch=BatchConfig(overlong_share=0.0),
         optimizer=AdamWConfig(learning_rate=5e-5),
         schedule=Schedule(decay_share=0.5),
         max_tokens=4096,

@@ -20,8 +20,9 @@ from openm1.model.config import M1Config, post_norm_config
 from openm1.model.m1 import M1ForCausalLM
 from openm1.protocols import Taskset
 from openm1.recipes.vocabulary import nano_tokenizer, padded_vocab_size
+from openm1.rl.config import RLConfig
 from openm1.rl.local import train_rl_locally
-from openm1.rl.loop import RLConfig, StepHook
+from openm1.rl.loop import StepHook
 from openm1.train.checkpoint import RunFolder
 from openm1.train.supervised import Source, SupervisedConfig, train_supervised
 from openm1.types import Message, Task

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,26 +24,125 @@ class Sample:
     """True for what the policy chose: not prompts, not the environment, not forced tokens."""
     old_logprobs: tuple[float, ...]
     advantage: float
+    prompt: int
+    """The same for the rollouts of one prompt."""
+    mismatch: tuple[float, ...] = ()
+    """Beside the old log-probabilities: what corrects for the sampler's. Empty is no correction."""
 
     @property
     def num_loss_tokens(self) -> int:
         return len(self.old_logprobs)
 
 
-def has_signal(group: RolloutGroup) -> bool:
-    """Whether rewards differ: a group that is all right or all wrong teaches nothing."""
-    rewards = {rollout.reward for rollout in group.rollouts if rollout.error is None}
-    return len(rewards) > 1
+CutPolicy = Literal["keep", "mask", "drop"]
+"""For a rollout that was cut short. "keep": it is learned from like any other. "mask": its reward
+counts in its group, its tokens are not learned. "drop": it counts nowhere."""
 
 
-def group_samples(group: RolloutGroup) -> list[Sample]:
-    """Samples with group-relative advantages. Failed rollouts are left out of mean and batch."""
-    good = [rollout for rollout in group.rollouts if rollout.error is None]
-    advantages = group_advantages([r.reward for r in good if r.reward is not None])
-    return [_sample(rollout, a) for rollout, a in zip(good, advantages, strict=True)]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """What becomes of rollouts that ran long or were cut short."""
+
+    truncated: CutPolicy = "keep"
+    """Rollouts that ended at the window."""
+    repetition: CutPolicy = "keep"
+    """Rollouts that were stopped for repeating themselves."""
+    overlong_share: float = 0.2
+    """Last part of the window in which length costs, DAPO's 4,096 of 20,480; 0 is no cost."""
+    overlong_cost: float = 0.5
+    """Taken off the reward at the full window. DAPO takes 1 off rewards of 1 and -1, which is half
+    of what right and wrong differ by; ours differ by 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("truncated", "repetition"):
+            if getattr(self, name) not in get_args(CutPolicy):
+                allowed = ", ".join(get_args(CutPolicy))
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {allowed}")
+        if not 0 <= self.overlong_share <= 1:
+            raise ValueError(f"overlong_share is {self.overlong_share}; allowed is 0 to 1")
+        if not self.overlong_cost >= 0:
+            raise ValueError(f"overlong_cost is {self.overlong_cost}; allowed is 0 or more")
+
+    def policy(self, rollout: Rollout) -> CutPolicy:
+        reason = rollout.turns[-1].completion.finish_reason if rollout.turns else "stop"
+        if reason == "length":
+            return self.truncated
+        return self.repetition if reason == "repetition" else "keep"
+
+    def counted(self, group: RolloutGroup) -> list[Rollout]:
+        """The rollouts over which the group's mean is taken; failed ones never count."""
+        good = [rollout for rollout in group.rollouts if rollout.error is None]
+        return [rollout for rollout in good if self.policy(rollout) != "drop"]
+
+    def overlong_punishment(self, rollout: Rollout, window_tokens: int) -> float:
+        """0 or less: DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13) of the longest
+        reply, falling in a straight line over the last part of the window."""
+        longest = max((len(turn.completion.token_ids) for turn in rollout.turns), default=0)
+        room = self.overlong_share * window_tokens
+        over = longest - (window_tokens - room)
+        return -self.overlong_cost * min(1.0, over / room) if room > 0 and over > 0 else 0.0
 
 
-def _sample(rollout: Rollout, advantage: float) -> Sample:
+def has_signal(group: RolloutGroup, config: BatchConfig) -> bool:
+    """Whether rewards differ: a group that is all right or all wrong teaches nothing.
+
+    The rewards are the task's, without the cost of length: short and long right answers are no
+    reason to keep a group.
+    """
+    return len({rollout.reward for rollout in config.counted(group)}) > 1
+
+
+def pass_rate(group: RolloutGroup) -> float:
+    """The share of rollouts with the full reward of 1. One that failed has not passed: a group of
+    which little is known is not taken for learned."""
+    return sum((rollout.reward or 0.0) >= 1 for rollout in group.rollouts) / len(group.rollouts)
+
+
+def signal_metrics(
+    groups: Sequence[RolloutGroup], config: BatchConfig, window_tokens: int
+) -> dict[str, float]:
+    """Where a step's groups went: the first four shares sum to 1.
+
+    Groups without spread are right or wrong by whether their one reward is above 0; unscored are
+    those with no rollout that counts.
+    """
+    shares = dict.fromkeys(("signal", "all_right", "all_wrong", "unscored"), 0.0)
+    for group in groups:
+        rewards = {rollout.reward or 0.0 for rollout in config.counted(group)}
+        if len(rewards) == 1:
+            kind = "all_right" if max(rewards) > 0 else "all_wrong"
+        else:
+            kind = "signal" if rewards else "unscored"
+        shares[kind] += 1 / len(groups)
+    counted = [rollout for group in groups for rollout in config.counted(group)]
+    punished = [config.overlong_punishment(rollout, window_tokens) for rollout in counted]
+    metrics = {f"rollout/{kind}_share": share for kind, share in shares.items()}
+    return metrics | {"rollout/overlong_punishment": fmean(punished) if punished else 0.0}
+
+
+def group_samples(
+    group: RolloutGroup, prompt: int, config: BatchConfig, window_tokens: int
+) -> list[Sample]:
+    """Samples with group-relative advantages; `prompt` is the group's number in the batch.
+
+    Failed rollouts are left out of mean and batch, rollouts without a token to learn of the batch.
+    """
+    counted = config.counted(group)
+    rewards = [
+        rollout.reward + config.overlong_punishment(rollout, window_tokens)
+        for rollout in counted
+        if rollout.reward is not None
+    ]
+    advantages = group_advantages(rewards)
+    samples = [
+        _sample(rollout, advantage, prompt)
+        for rollout, advantage in zip(counted, advantages, strict=True)
+        if config.policy(rollout) == "keep"
+    ]
+    return [sample for sample in samples if sample.num_loss_tokens]
+
+
+def _sample(rollout: Rollout, advantage: float, prompt: int) -> Sample:
     ids: list[int] = []
     mask: list[bool] = []
     logprobs: list[float] = []
@@ -59,6 +160,7 @@ def _sample(rollout: Rollout, advantage: float) -> Sample:
         loss_mask=tuple(mask),
         old_logprobs=tuple(logprobs),
         advantage=advantage,
+        prompt=prompt,
     )
 
 
@@ -73,12 +175,15 @@ class PolicyBatch:
     """[M] fp32."""
     sample_index: Tensor
     """[M] int64: which sample of this batch."""
+    mismatch: Tensor | None
+    """[M] fp32, where the samples have a correction."""
 
 
 def pack_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") -> PolicyBatch:
     counts = torch.tensor([sample.num_loss_tokens for sample in samples])
     advantages = torch.tensor([sample.advantage for sample in samples])
     old = [logprob for sample in samples for logprob in sample.old_logprobs]
+    mismatch = [factor for sample in samples for factor in sample.mismatch]
     index = torch.repeat_interleave(torch.arange(len(samples)), counts)
     examples = [Example(token_ids=s.token_ids, loss_mask=s.loss_mask) for s in samples]
     return PolicyBatch(
@@ -86,4 +191,5 @@ def pack_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") 
         old_logprobs=torch.tensor(old, device=device),
         advantages=advantages[index].to(device),
         sample_index=index.to(device),
+        mismatch=torch.tensor(mismatch, device=device) if mismatch else None,
     )

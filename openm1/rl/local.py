@@ -11,7 +11,8 @@ from openm1.engine.config import EngineConfig
 from openm1.engine.llm import LLM
 from openm1.envs.mixture import Mixture
 from openm1.model.m1 import M1ForCausalLM
-from openm1.rl.loop import RLConfig, StepHook, train_rl
+from openm1.rl.config import RLConfig
+from openm1.rl.loop import StepHook, train_rl
 from openm1.train.checkpoint import RunFolder
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -16,63 +14,19 @@ from openm1.common.track import Display, JsonlTracker
 from openm1.envs.mixture import Mixture
 from openm1.model.m1 import M1ForCausalLM
 from openm1.protocols import Policy, WeightSink
-from openm1.rl.batch import group_samples, has_signal
-from openm1.rl.losses import CISPO, Loss
+from openm1.rl.batch import Sample, group_samples, has_signal, signal_metrics
+from openm1.rl.collect import TaskStream, collect
+from openm1.rl.config import RLConfig
 from openm1.rl.monitor import rollout_metrics
+from openm1.rl.stages import WindowState, advance, late_grad_norm, late_loss, window_tokens
 from openm1.rl.update import UpdatePlan, update_policy
-from openm1.rollout.run import run_group
 from openm1.train.checkpoint import RunFolder
-from openm1.train.optim import AdamWConfig, make_optimizer
-from openm1.train.schedule import Schedule
+from openm1.train.optim import make_optimizer
 from openm1.train.supervised import resume
-from openm1.types import RolloutGroup, SamplingParams
+from openm1.types import RolloutGroup
 
 SHOWN = ("rollout/reward", "rollout/length_mean_tokens", "rl/entropy_nats", "rl/probability_corr")
 StepHook = Callable[[int, Mapping[str, float]], None]
-
-
-class NoUsableRollouts(RuntimeError):
-    """Every rollout of a step failed; the message carries the first error."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RLConfig:
-    """One run. Defaults are M1's where it published them, scaled to small models elsewhere."""
-
-    num_steps: int = 100
-    num_prompts: int = 16
-    """Prompts P per generation batch."""
-    group_size: int = 16
-    """Rollouts G per prompt."""
-    num_updates: int = 16
-    """Optimizer steps per generation batch; M1 used 16."""
-    max_response_tokens: int = 256
-    temperature: float = 1.0
-    loss: Loss = field(default_factory=CISPO)
-    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
-    schedule: Schedule = field(default_factory=Schedule)
-    recompute_old: bool = False
-    """False anchors the ratio at the probabilities as sampled, True at the trainer's."""
-    dynamic_sampling: bool = True
-    """Drop groups that are all right or all wrong, and draw new prompts in their place."""
-    max_refills: int = 2
-    """How often a step may draw again before it goes on with what it has."""
-    max_tokens: int = 16_384
-    """Tokens per training forward pass."""
-    seed: int = 0
-    save_every_steps: int = 10
-
-    def __post_init__(self) -> None:
-        for name in ("num_steps", "num_prompts", "num_updates", "max_response_tokens",
-                     "max_tokens", "save_every_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed is at least 1")
-        if self.group_size < 2:
-            raise ValueError(f"group_size is {self.group_size}; a relative advantage needs 2")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; allowed is above 0")
-        if self.max_refills < 0:
-            raise ValueError(f"max_refills is {self.max_refills}; allowed is 0 or more")
 
 
 async def train_rl(
@@ -89,92 +43,78 @@ async def train_rl(
 ) -> Path:
     """Trains `model` in place, resuming where the folder stands; returns the last checkpoint.
 
-    Prompts, samples and shuffles depend on (seed, step) and a saved cursor alone, so a run killed
-    at any moment and resumed gives the curve of one that was not.
+    Prompts, samples, shuffles and the window depend on (seed, step) and on what a checkpoint holds
+    alone, so a run killed at any moment and resumed gives the curve of one that was not.
     """
     optimizer = make_optimizer(model.parameters(), config.optimizer)
-    state = {"step": 0, "cursor": 0}
+    tasks, window, first_step = TaskStream(mixture), WindowState(), 0
     saved = folder.latest()
     if saved is not None:
         state = resume(model, optimizer, saved)
-    tracker = JsonlTracker(folder.metrics, first_step=state["step"])
-    with Display(title, config.num_steps, SHOWN, first_step=state["step"]) as display:
-        for step in range(state["step"], config.num_steps):
+        first_step, window = state["step"], WindowState.from_dict(state["window"])
+        tasks.load_state(state["tasks"])
+    tracker = JsonlTracker(folder.metrics, first_step=first_step)
+    with Display(title, config.num_steps, SHOWN, first_step=first_step) as display:
+        for step in range(first_step, config.num_steps):
             began = time.perf_counter()
             weights.load_weights(model.named_parameters(), version=step)
-            groups, cursor = await collect(
-                policy, chat_format, mixture, config, step, state["cursor"]
+            tokens = window_tokens(config.growth, window, config.max_response_tokens)
+            groups = await collect(
+                policy, chat_format, tasks, config, step=step, window_tokens=tokens
             )
             sampled = time.perf_counter()
-            taught = [g for g in groups if has_signal(g) or not config.dynamic_sampling]
-            samples = [sample for group in taught for sample in group_samples(group)]
-            metrics = rollout_metrics(groups)
-            metrics["rollout/signal_share"] = sum(map(has_signal, groups)) / len(groups)
-            if samples:
+            metrics = rollout_metrics(groups) | signal_metrics(groups, config.batch, tokens)
+            metrics["rollout/window_tokens"] = tokens
+            if samples := _samples(groups, config, tokens):
                 rng = Random(f"{config.seed}/{step}/shuffle")
                 model.train()
-                plan = _plan(config, step, chat_format.tokenizer.vocab_size)
+                plan = _plan(config, step, window, chat_format.tokenizer.vocab_size)
                 metrics |= update_policy(model, optimizer, samples, plan, rng)
                 model.eval()
             metrics["time/sample_s"] = sampled - began
             metrics["time/train_s"] = time.perf_counter() - sampled
-            state = {"step": step + 1, "cursor": cursor}
+            window = advance(
+                config.growth,
+                window,
+                perplexity=metrics["rollout/perplexity"],
+                length_p99_tokens=metrics["rollout/longest_reply_p99_tokens"],
+                window_tokens=tokens,
+            )
             _write_rollouts(folder, step, groups, chat_format)
             tracker.log(step, metrics)
             display.log(step, metrics)
             if on_step is not None:
                 on_step(step, metrics)
-            if state["step"] % config.save_every_steps == 0 or state["step"] == config.num_steps:
+            done = step + 1
+            if done % config.save_every_steps == 0 or done == config.num_steps:
+                state = {"step": done, "tasks": tasks.state(), "window": window.to_dict()}
                 trainer = {**state, "optimizer": optimizer.state_dict()}
-                saved = folder.save(state["step"], model, chat_format.tokenizer, trainer)
+                saved = folder.save(done, model, chat_format.tokenizer, trainer)
     weights.load_weights(model.named_parameters(), version=config.num_steps)
     assert saved is not None
     return saved
 
 
-async def collect(
-    policy: Policy,
-    chat_format: ChatFormat,
-    mixture: Mixture,
-    config: RLConfig,
-    step: int,
-    cursor: int,
-) -> tuple[list[RolloutGroup], int]:
-    """All groups sampled for a step and the task cursor after it.
-
-    Dynamic sampling refills what had no signal, so that about `num_prompts` groups teach.
-    """
-    params = SamplingParams(max_tokens=config.max_response_tokens, temperature=config.temperature)
-    groups: list[RolloutGroup] = []
-    missing = config.num_prompts
-    for _ in range(1 + config.max_refills * config.dynamic_sampling):
-        jobs = []
-        for index in range(cursor, cursor + missing):
-            taskset, task = mixture.task(index)
-            rng = Random(f"{config.seed}/{index}/sample")
-            seeds = [rng.getrandbits(63) for _ in range(config.group_size)]
-            jobs.append(run_group(policy, taskset, task, chat_format, params, seeds=seeds))
-        groups += await asyncio.gather(*jobs)
-        cursor += missing
-        errors = [r.error for g in groups for r in g.rollouts if r.error is not None]
-        if len(errors) == sum(len(g.rollouts) for g in groups):
-            raise NoUsableRollouts(f"all {len(errors)} rollouts of step {step} failed: {errors[0]}")
-        missing = config.num_prompts - sum(map(has_signal, groups))
-        if missing <= 0:
-            break
-    return groups, cursor
+def _samples(groups: list[RolloutGroup], config: RLConfig, window_tokens: int) -> list[Sample]:
+    """What a step learns from."""
+    taught = [g for g in groups if has_signal(g, config.batch) or not config.dynamic_sampling]
+    return [
+        sample
+        for number, group in enumerate(taught)
+        for sample in group_samples(group, number, config.batch, window_tokens)
+    ]
 
 
-def _plan(config: RLConfig, step: int, vocab_size: int) -> UpdatePlan:
+def _plan(config: RLConfig, step: int, window: WindowState, vocab_size: int) -> UpdatePlan:
     ratio = config.schedule.ratio(step, config.num_steps)
     return UpdatePlan(
-        loss=config.loss,
+        loss=late_loss(config.growth, window, config.loss),
         num_updates=config.num_updates,
         max_tokens=config.max_tokens,
         temperature=config.temperature,
         learning_rate=config.optimizer.learning_rate * ratio,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        recompute_old=config.recompute_old,
+        max_grad_norm=late_grad_norm(config.growth, window, config.optimizer.max_grad_norm),
+        anchor=config.anchor,
         vocab_size=vocab_size,
     )
 

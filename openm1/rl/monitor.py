@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from openm1.types import RolloutGroup
-
-CUT = ("length", "repetition")
-"""Why a reply ends before the policy ends it."""
+from openm1.types import Rollout, RolloutGroup
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Reward and length over all rollouts of a step, the groups without signal included."""
+    """Reward and length over all rollouts of a step, the groups without signal included.
+
+    Perplexity is the sampler's, over the tokens that it chose.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     good = [rollout for rollout in rollouts if rollout.error is None]
     lengths = torch.tensor([float(r.num_completion_tokens) for r in good])
+    longest = torch.tensor([float(max(len(t.completion.token_ids) for t in r.turns)) for r in good])
     rewards = torch.tensor([float(r.reward or 0.0) for r in good])
-    cut = [r.turns[-1].completion.finish_reason in CUT for r in good]
+    ends = [r.turns[-1].completion.finish_reason for r in good]
     return {
         "rollout/reward": float(rewards.mean()),
+        "rollout/perplexity": _perplexity(good),
         "rollout/length_mean_tokens": float(lengths.mean()),
         "rollout/length_p99_tokens": float(lengths.quantile(0.99)),
-        "rollout/cut_share": sum(cut) / len(good),
+        "rollout/longest_reply_p99_tokens": float(longest.quantile(0.99)),
+        "rollout/truncated_share": ends.count("length") / len(good),
+        "rollout/repetition_share": ends.count("repetition") / len(good),
         "rollout/error_share": 1 - len(good) / len(rollouts),
     }
+
+
+def _perplexity(rollouts: Sequence[Rollout]) -> float:
+    chosen = [
+        logprob
+        for rollout in rollouts
+        for completion in (turn.completion for turn in rollout.turns)
+        for i, logprob in enumerate(completion.logprobs)
+        if not (completion.forced and completion.forced[i])
+    ]
+    return math.exp(-fmean(chosen))
 
 
 def agreement_metrics(trainer: Tensor, sampler: Tensor) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from random import Random
 from statistics import fmean
 
@@ -13,7 +14,7 @@ import torch
 from openm1.data.packing import split_by_tokens
 from openm1.model.m1 import M1ForCausalLM
 from openm1.rl.batch import PolicyBatch, Sample, pack_samples
-from openm1.rl.losses import Loss, policy_loss
+from openm1.rl.losses import Loss, RatioAnchor, policy_loss, sample_shares
 from openm1.rl.monitor import agreement_metrics
 from openm1.train.loss import TokenScores, score_tokens
 from openm1.train.step import optimizer_step
@@ -30,8 +31,7 @@ class UpdatePlan:
     temperature: float
     learning_rate: float
     max_grad_norm: float
-    recompute_old: bool
-    """Anchor the ratio at the trainer's own log-probabilities instead of the sampler's."""
+    anchor: RatioAnchor
     vocab_size: int | None = None
     """Ids from here on pad the model's vocabulary; the sampler never draws them. None: no such."""
 
@@ -53,11 +53,11 @@ def update_policy(
     order = list(samples)
     rng.shuffle(order)
     metrics: dict[str, float] = {}
-    if plan.recompute_old:
+    if plan.anchor.at == "old":
         trainer = recompute_logprobs(model, order, plan)
         metrics = agreement_metrics(torch.cat(trainer), _old_logprobs(order))
         rows = zip(order, trainer, strict=True)
-        order = [replace(s, old_logprobs=tuple(t.tolist())) for s, t in rows]
+        order = [_anchored(s, t, plan.anchor.mismatch_cap) for s, t in rows]
     count = min(plan.num_updates, len(order))
     bounds = [len(order) * i // count for i in range(count + 1)]
     steps: list[dict[str, float]] = []
@@ -68,8 +68,35 @@ def update_policy(
         if not metrics:
             metrics = agreement_metrics(logprobs, _old_logprobs(mini_batch))
     means = {name: fmean(step[name] for step in steps) for name in steps[0]}
-    ratio_max = max(step["rl/ratio_max"] for step in steps)
-    return metrics | means | {"rl/ratio_max": ratio_max, "rl/num_updates": len(steps)}
+    extremes = {
+        "rl/ratio_max": max(step["rl/ratio_max"] for step in steps),
+        "rl/weight_max": max(step["rl/weight_max"] for step in steps),
+        "rl/weight_min": min(step["rl/weight_min"] for step in steps),
+    }
+    return metrics | means | extremes | _allowed_weights(plan) | {"rl/num_updates": len(steps)}
+
+
+def _allowed_weights(plan: UpdatePlan) -> dict[str, float]:
+    """The interval that clip and mismatch leave to a weight; an upper end that is not there is not
+    given.
+
+    It stands beside what occurred so that a clip that means something else than was thought is
+    seen: 0.2 read as a cap instead of an offset makes every weight 0.2.
+    """
+    floor, cap = plan.loss.weight_interval
+    if plan.anchor.mismatch_cap is not None:
+        floor, cap = 0.0, cap * plan.anchor.mismatch_cap
+    given = {"rl/weight_floor": floor}
+    return given if math.isinf(cap) else given | {"rl/weight_cap": cap}
+
+
+def _anchored(sample: Sample, trainer: torch.Tensor, mismatch_cap: float | None) -> Sample:
+    """The sample with the trainer's log-probabilities as its old ones."""
+    mismatch: tuple[float, ...] = ()
+    if mismatch_cap is not None:
+        ratio = torch.exp(trainer - torch.tensor(sample.old_logprobs))
+        mismatch = tuple(ratio.clamp(max=mismatch_cap).tolist())
+    return replace(sample, old_logprobs=tuple(trainer.tolist()), mismatch=mismatch)
 
 
 def _score(model: M1ForCausalLM, batch: PolicyBatch, plan: UpdatePlan) -> TokenScores:
@@ -103,20 +130,23 @@ def _mini_batch_step(
     plan: UpdatePlan,
 ) -> tuple[dict[str, float], torch.Tensor]:
     """One optimizer step; its metrics, and the log-probabilities from before it."""
-    num_tokens = sum(sample.num_loss_tokens for sample in samples)
-    entropy = clipped = ratio_max = loss_sum = 0.0
-    logprobs = []
+    counts = [sample.num_loss_tokens for sample in samples]
+    num_tokens = sum(counts)
+    prompts = [sample.prompt for sample in samples]
+    shares = iter(sample_shares(plan.loss.aggregation, counts, prompts))
+    entropy = clipped = loss_sum = 0.0
+    logprobs, weights, ratios = [], [], []
     for group in split_by_tokens(samples, plan.max_tokens):
         batch = pack_samples(group, model.device)
+        share_of_sample = torch.tensor(list(islice(shares, len(group))), device=model.device)
         scores = _score(model, batch, plan)
         result = policy_loss(
             plan.loss,
             scores.logprobs,
             batch.old_logprobs,
             batch.advantages,
-            batch.sample_index,
-            num_tokens=num_tokens,
-            num_samples=len(samples),
+            share_of_sample[batch.sample_index],
+            batch.mismatch,
         )
         share = len(scores.logprobs) / num_tokens
         aux = model.config.router_aux_loss_coef * share * scores.aux_loss
@@ -125,7 +155,9 @@ def _mini_batch_step(
         loss_sum += float(result.loss.detach())
         entropy += float(scores.entropy.sum()) / num_tokens
         clipped += float((result.weights != result.ratio).sum()) / num_tokens
-        ratio_max = max(ratio_max, float(result.ratio.max()))
+        mismatch = 1.0 if batch.mismatch is None else batch.mismatch
+        weights.append(result.weights * mismatch)
+        ratios.append(result.ratio)
     grad_norm = optimizer_step(
         model,
         optimizer,
@@ -137,6 +169,8 @@ def _mini_batch_step(
         "rl/loss": loss_sum,
         "rl/entropy_nats": entropy,
         "rl/clipped_share": clipped,
-        "rl/ratio_max": ratio_max,
+        "rl/ratio_max": float(torch.cat(ratios).max()),
+        "rl/weight_min": float(torch.cat(weights).min()),
+        "rl/weight_max": float(torch.cat(weights).max()),
     }
     return metrics, torch.cat(logprobs)

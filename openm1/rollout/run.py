@@ -10,6 +10,7 @@ from random import Random
 
 from openm1.chat.reply import parse_reply
 from openm1.chat.template import ChatFormat
+from openm1.envs.base import GraderError
 from openm1.protocols import Env, Policy, Taskset
 from openm1.types import ErrorSource, Message, Rollout, RolloutGroup, SamplingParams, Task, Turn
 
@@ -68,6 +69,8 @@ async def run_rollout(
         error = f"not done after {MAX_TURNS} turns"
         return Rollout(task=task, turns=tuple(turns), error=error, error_source="env")
     except Exception as failure:
+        if isinstance(failure, GraderError):
+            source = "grader"
         text = f"{type(failure).__name__}: {failure}"
         return Rollout(task=task, turns=tuple(turns), error=text, error_source=source)
     finally:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,8 +79,8 @@ def train_supervised(
 
 def resume(
     model: M1ForCausalLM, optimizer: torch.optim.Optimizer, checkpoint: Path
-) -> dict[str, int]:
-    """Loads weights and optimizer in place; returns the trainer's counters."""
+) -> dict[str, Any]:
+    """Loads weights and optimizer in place; returns what else the trainer saved."""
     saved = M1ForCausalLM.from_pretrained(checkpoint, dtype=model.dtype, device=model.device)
     model.load_state_dict(saved.state_dict())
     state = load_trainer_state(checkpoint)

@@ -14,8 +14,8 @@ from openm1.envs.base import is_held_out
 from openm1.recipes.catalog import RECIPES, recipe_stage
 from openm1.recipes.runs import ModelShape, RLRun, SupervisedRun, TraceData, TraceSource, load_start
 from openm1.recipes.vocabulary import nano_tokenizer
-from openm1.rl.loop import RLConfig
-from openm1.rl.losses import CISPO, DAPO, GRPO, REINFORCE
+from openm1.rl.config import RLConfig
+from openm1.rl.losses import CISPO, DAPO, GRPO, PPO, REINFORCE, Unified
 
 TOKENIZER = nano_tokenizer()
 FAMILIES = ("chain", "hop", "count_bits", "spell_backward")
@@ -118,7 +118,16 @@ def test_every_stage_comes_back_from_its_file(tmp_path: Path, stage: SupervisedR
 
 
 @pytest.mark.parametrize(
-    "loss", [CISPO(eps_is_high=2.0), DAPO(), GRPO(eps_low=0.1), REINFORCE(normalisation="sample")]
+    "loss",
+    [
+        CISPO(eps_is_high=2.0),
+        DAPO(),
+        GRPO(eps_low=0.1),
+        PPO(),
+        REINFORCE(aggregation="combined"),
+        # The bounds that are off are infinite, which JSON has no word for.
+        Unified(eps_high=0.3),
+    ],
 )
 def test_every_loss_comes_back_as_itself(tmp_path: Path, loss):
     run = RLRun(folder=Path("a"), init=Path("b"), families={"hop": 1.0}, rl=RLConfig(loss=loss))

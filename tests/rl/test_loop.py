@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -17,19 +18,23 @@ from openm1.envs.mixture import Mixture
 from openm1.model.m1 import M1ForCausalLM
 from openm1.recipes.runs import load_start
 from openm1.recipes.vocabulary import nano_tokenizer
-from openm1.rl.batch import group_samples, has_signal
+from openm1.rl.batch import BatchConfig, group_samples, has_signal
+from openm1.rl.collect import NoTasksLeft, NoUsableRollouts, TaskStream, collect
+from openm1.rl.config import RLConfig
 from openm1.rl.local import train_rl_locally
-from openm1.rl.loop import NoUsableRollouts, RLConfig, collect, train_rl
-from openm1.rl.losses import CISPO
+from openm1.rl.loop import train_rl
+from openm1.rl.losses import CISPO, RatioAnchor
 from openm1.rl.monitor import agreement_metrics
+from openm1.rl.stages import WindowGrowth
 from openm1.rl.update import UpdatePlan, recompute_logprobs
 from openm1.train.checkpoint import RunFolder, load_trainer_state
 from openm1.train.optim import AdamWConfig
-from openm1.types import Completion, SamplingParams
+from openm1.types import Completion, Message, Rollout, RolloutGroup, SamplingParams, Task
 
 from .play import TINY, OneDigit, WrittenPolicy, nano_format
 
 CONFIG = RLConfig(num_steps=2, num_prompts=6, group_size=4, num_updates=2, max_response_tokens=4)
+PLAIN = BatchConfig()
 
 # Two orders of summation in fp32 differ by about 1e-7; bf16 on either side would show as 1e-3.
 AGREEMENT = 1e-4
@@ -45,18 +50,25 @@ def sometimes(question: str, seed: int) -> str:
 
 
 def collected(policy: WrittenPolicy, config: RLConfig, cursor: int = 0):
-    return asyncio.run(collect(policy, nano_format(), mixture(), config, 0, cursor))
+    tasks = TaskStream(mixture())
+    tasks.cursor = cursor
+    job = collect(policy, nano_format(), tasks, config, step=0, window_tokens=4)
+    return asyncio.run(job), tasks.cursor
+
+
+def signals(groups) -> int:
+    return sum(has_signal(group, PLAIN) for group in groups)
 
 
 def test_groups_without_signal_are_drawn_again():
     groups, cursor = collected(WrittenPolicy(sometimes), replace(CONFIG, max_refills=50))
-    assert sum(map(has_signal, groups)) >= CONFIG.num_prompts
+    assert signals(groups) >= CONFIG.num_prompts
     # Nothing is drawn twice, and nothing drawn is hidden from the metrics.
     assert cursor == len(groups) > CONFIG.num_prompts
     drawn = [prompt_text(group.task) for group in groups]
     assert drawn == [prompt_text(mixture().task(i)[1]) for i in range(cursor)]
     # The last round was needed, and asked for no more than was missing.
-    assert sum(map(has_signal, groups)) == CONFIG.num_prompts
+    assert signals(groups) == CONFIG.num_prompts
 
 
 @pytest.mark.parametrize(
@@ -67,6 +79,66 @@ def test_refills_have_an_end(changes: dict, rounds: int):
     groups, cursor = collected(WrittenPolicy(lambda *_: "7"), replace(CONFIG, **changes), 100)
     assert len(groups) == rounds * CONFIG.num_prompts
     assert cursor == 100 + len(groups)
+
+
+def test_a_prompt_that_has_been_learned_is_not_drawn_again():
+    def asked(**changes) -> list[str]:
+        policy = WrittenPolicy(lambda question, _: "7" if question[0] in "0123456" else "1")
+        config = replace(CONFIG, num_prompts=300, group_size=2, max_refills=3)
+        collected(policy, replace(config, **changes))
+        return [question for question, _ in policy.asked][:: config.group_size]
+
+    # Of some 900 prompts, 1,200 draws repeat many.
+    drawn = Counter(asked())
+    assert max(count for question, count in drawn.items() if question[0] in "789") > 1
+    # A round is drawn before it is known what it retires, so a repeat comes within one at most.
+    learned = {question: count for question, count in drawn.items() if question[0] in "0123456"}
+    free = Counter(asked(retire_pass_rate=None))
+    free_learned = {question: free[question] for question in learned}
+    assert sum(count - 1 for count in learned.values()) < 0.5 * sum(
+        count - 1 for count in free_learned.values()
+    )
+
+
+def test_a_stream_retires_at_its_rate_and_remembers_it():
+    tasks = TaskStream(mixture())
+    (_, taskset, first), (_, _, second) = tasks.draw(2)
+    groups = []
+    for task, right in ((first, 9), (second, 8)):
+        rollouts = [Rollout(task=task, reward=float(i < right)) for i in range(10)]
+        groups.append(RolloutGroup(task=task, rollouts=rollouts))
+    tasks.retire(groups, 0.9)
+    again = TaskStream(mixture())
+    again.load_state(tasks.state() | {"cursor": 0})
+    assert taskset.name == "one_digit"
+    assert [task for _, _, task in again.draw(1)] == [second]
+    assert again.cursor == 2
+
+
+class OneTask(OneDigit):
+    def draw(self, rng: Random) -> Task:
+        return Task(family=self.name, prompt=(Message(role="user", content="1 +1"),), answer="7")
+
+
+def test_a_stream_that_has_run_dry_says_so():
+    tasks = TaskStream(Mixture([OneTask()]))
+    ((_, _, task),) = tasks.draw(1)
+    group = RolloutGroup(task=task, rollouts=[Rollout(task=task, reward=1.0)])
+    tasks.retire([group], 0.9)
+    with pytest.raises(NoTasksLeft, match="1 prompts are retired"):
+        tasks.draw(1)
+
+
+def test_the_window_grows_in_a_run_and_rollouts_get_it(tmp_path: Path):
+    growth = WindowGrowth(later_tokens=(5, 9), horizon_steps=2, near_share=0.5)
+    config = replace(CONFIG, num_steps=6, growth=growth)
+    policy = WrittenPolicy(sometimes)
+    folder, last, _ = train(tmp_path, policy, config)
+    windows = [row["rollout/window_tokens"] for row in read_metrics(folder.metrics)]
+    # Replies of two tokens are near 4, not near 5; their perplexity never changes.
+    assert windows == [4, 4, 5, 5, 5, 5]
+    assert {params.max_tokens for _, params in policy.asked} == {4, 5}
+    assert load_trainer_state(last)["window"]["index"] == 1
 
 
 def test_rollouts_are_sampled_from_the_whole_distribution_each_with_its_seed():
@@ -120,7 +192,7 @@ def test_some_failed_rollouts_do_not_stop_a_step(tmp_path: Path):
     for line in map(json.loads, lines):
         failed = line["prompt"][0] in "13579"
         assert (line["reward"] is None, line["error"] is not None) == (failed, failed)
-    assert load_trainer_state(last)["cursor"] == rows_drawn(folder)
+    assert load_trainer_state(last)["tasks"]["cursor"] == rows_drawn(folder)
 
 
 def rows_drawn(folder: RunFolder) -> int:
@@ -156,12 +228,15 @@ def test_sampler_and_trainer_agree_on_probabilities(temperature: float):
     config = replace(CONFIG, max_response_tokens=40, temperature=temperature, max_refills=0)
     chains = Mixture([ChainTaskset()])
     llm = LLM(model, tokenizer=tokenizer)
-    groups, _ = asyncio.run(collect(llm.policy, nano_format(), chains, config, 0, 0))
+    job = collect(llm.policy, nano_format(), TaskStream(chains), config, step=0, window_tokens=40)
+    groups = asyncio.run(job)
     rewarded = [
         replace(group, rollouts=[replace(r, reward=float(i)) for i, r in enumerate(group.rollouts)])
         for group in groups
     ]
-    samples = [sample for group in rewarded for sample in group_samples(group)]
+    samples = [
+        sample for i, group in enumerate(rewarded) for sample in group_samples(group, i, PLAIN, 40)
+    ]
     plan = UpdatePlan(
         loss=CISPO(),
         num_updates=1,
@@ -169,7 +244,7 @@ def test_sampler_and_trainer_agree_on_probabilities(temperature: float):
         temperature=temperature,
         learning_rate=0.1,
         max_grad_norm=1.0,
-        recompute_old=True,
+        anchor=RatioAnchor(at="old"),
         vocab_size=tokenizer.vocab_size,
     )
     trainer = torch.cat(recompute_logprobs(model, samples, plan))
@@ -210,6 +285,9 @@ def test_cispo_learns_what_is_rewarded(tmp_path: Path, guesser: Path):
         ("group_size", 1),
         ("temperature", 0.0),
         ("max_refills", -1),
+        ("retire_pass_rate", 0.0),
+        ("retire_pass_rate", 1.1),
+        ("repetition_stop_tokens", -1),
     ],
 )
 def test_impossible_numbers_are_refused(name: str, value: float):

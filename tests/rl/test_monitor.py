@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy
 import pytest
 import torch
@@ -13,7 +15,7 @@ TASK = Task(family="any", prompt=(Message(role="user", content="?"),), answer="!
 def rollout(reward: float | None, length: int, *, cut: bool = False) -> Rollout:
     completion = Completion(
         token_ids=(5,) * length,
-        logprobs=(0.0,) * length,
+        logprobs=(-math.log(2),) * length,
         finish_reason="length" if cut else "stop",
     )
     error = "broken" if reward is None else None
@@ -31,10 +33,30 @@ def test_failed_rollouts_count_as_errors_and_nothing_else():
             "rollout/reward": 0.5,
             "rollout/length_mean_tokens": 20.0,
             "rollout/length_p99_tokens": 29.8,
-            "rollout/cut_share": 1 / 3,
+            "rollout/longest_reply_p99_tokens": 29.8,
+            "rollout/perplexity": 2.0,
+            "rollout/truncated_share": 1 / 3,
+            "rollout/repetition_share": 0.0,
             "rollout/error_share": 0.25,
         }
     )
+
+
+def test_forced_tokens_are_not_in_the_perplexity():
+    completion = Completion(
+        token_ids=(5, 6, 7),
+        logprobs=(-1.0, -9.0, -3.0),
+        forced=(False, True, False),
+        finish_reason="repetition",
+    )
+    turns = [Turn(prompt_ids=(1,), completion=completion)]
+    turns.append(Turn(prompt_ids=(1, 5, 6, 7, 2), completion=completion))
+    played = Rollout(task=TASK, turns=tuple(turns), reward=1.0)
+    metrics = rollout_metrics([RolloutGroup(task=TASK, rollouts=[played])])
+    assert metrics["rollout/perplexity"] == pytest.approx(math.exp(2.0))
+    assert metrics["rollout/repetition_share"] == 1.0
+    assert metrics["rollout/length_p99_tokens"] == 6.0
+    assert metrics["rollout/longest_reply_p99_tokens"] == 3.0
 
 
 def test_agreement_is_measured_on_probabilities():

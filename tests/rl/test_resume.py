@@ -15,6 +15,8 @@ from openm1.common.track import read_metrics
 
 NUM_STEPS = 16
 SAVE_EVERY = 4
+GROWS_AFTER = 11
+"""Steps in the first window: no checkpoint falls on its end."""
 COMMAND = "import sys; from openm1.cli.main import main; main(sys.argv[1:])"
 PATIENCE_S = 120.0
 
@@ -28,6 +30,10 @@ def start(init: Path, folder: Path) -> subprocess.Popen[bytes]:
         "rl.group-size": 8,
         "rl.num-updates": 4,
         "rl.max-response-tokens": 6,
+        "rl.growth.later-tokens": 7,
+        "rl.growth.horizon-steps": GROWS_AFTER,
+        "rl.growth.near-share": 0.1,
+        "rl.growth.perplexity-tolerance": 1.0,
         "rl.optimizer.learning-rate": 1e-3,
         "rl.save-every-steps": SAVE_EVERY,
     }
@@ -91,6 +97,8 @@ def test_a_killed_run_ends_like_one_left_alone(tmp_path: Path, guesser: Path):
 
     rows = untimed(killed / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(NUM_STEPS))
+    windows = [row["rollout/window_tokens"] for row in rows]
+    assert windows == [6] * GROWS_AFTER + [7] * (NUM_STEPS - GROWS_AFTER)
     assert rows == untimed(alone / "metrics.jsonl")
     assert sum("rl/num_updates" in row for row in rows) > NUM_STEPS / 2
     ends = [last_checkpoint(folder) for folder in (alone, killed)]

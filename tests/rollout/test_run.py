@@ -9,7 +9,7 @@ from openm1.chat.format import ChatFormat, Segment
 from openm1.chat.template import chat_format_for
 from openm1.chat.tokenizer import END_OF_SENTENCE
 from openm1.recipes.vocabulary import nano_tokenizer
-from openm1.rl.batch import group_samples
+from openm1.rl.batch import BatchConfig, group_samples
 from openm1.rollout.run import MAX_TURNS, run_group, run_rollout
 from openm1.types import (
     Completion,
@@ -118,9 +118,8 @@ def test_turns_grow_by_the_very_tokens_that_were_sampled():
     for before, after in zip(rollout.turns, rollout.turns[1:], strict=False):
         past = before.prompt_ids + before.completion.token_ids
         assert after.prompt_ids[: len(past)] == past
-    (sample, _) = group_samples(
-        RolloutGroup(task=TASK, rollouts=[rollout, play(ScriptedPolicy("3"), Guess())])
-    )
+    group = RolloutGroup(task=TASK, rollouts=[rollout, play(ScriptedPolicy("3"), Guess())])
+    (sample, _) = group_samples(group, 0, BatchConfig(), window_tokens=1000)
     learned = [t for t, flag in zip(sample.token_ids, sample.loss_mask, strict=True) if flag]
     assert learned == [*odd, ord("2"), EOS, ord("3"), EOS]
 

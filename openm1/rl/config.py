@@ -1,0 +1,66 @@
+"""What a run of reinforcement learning can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from openm1.rl.batch import BatchConfig
+from openm1.rl.losses import CISPO, Loss, RatioAnchor
+from openm1.rl.stages import WindowGrowth
+from openm1.train.optim import AdamWConfig
+from openm1.train.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RLConfig:
+    """One run. Defaults are M1's where it published them, scaled to small models elsewhere."""
+
+    num_steps: int = 100
+    num_prompts: int = 16
+    """Prompts P per generation batch."""
+    group_size: int = 16
+    """Rollouts G per prompt."""
+    num_updates: int = 16
+    """Optimizer steps per generation batch; M1 used 16."""
+    max_response_tokens: int = 256
+    """The window; with `growth`, the first one."""
+    growth: WindowGrowth = field(default_factory=WindowGrowth)
+    temperature: float = 1.0
+    repetition_stop_tokens: int = 3000
+    """A rollout stops after so many tokens in a row of which the model is all but sure."""
+    loss: Loss = field(default_factory=CISPO)
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    schedule: Schedule = field(default_factory=Schedule)
+    anchor: RatioAnchor = field(default_factory=RatioAnchor)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    dynamic_sampling: bool = True
+    """Drop groups that are all right or all wrong, and draw new prompts in their place."""
+    max_refills: int = 2
+    """How often a step may draw again before it goes on with what it has."""
+    retire_pass_rate: float | None = 0.9
+    """A prompt is not drawn again once that share of its rollouts was right; None keeps all."""
+    max_tokens: int = 16_384
+    """Tokens per training forward pass."""
+    seed: int = 0
+    save_every_steps: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "num_prompts", "num_updates", "max_response_tokens",
+                     "max_tokens", "save_every_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed is at least 1")
+        if self.group_size < 2:
+            raise ValueError(f"group_size is {self.group_size}; a relative advantage needs 2")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; allowed is above 0")
+        if self.repetition_stop_tokens < 0:
+            raise ValueError(
+                f"repetition_stop_tokens is {self.repetition_stop_tokens}; allowed is 0 or more"
+            )
+        if self.retire_pass_rate is not None and not 0 < self.retire_pass_rate <= 1:
+            raise ValueError(
+                f"retire_pass_rate is {self.retire_pass_rate}; allowed is above 0 to 1, or None"
+            )
+        self.growth.check(self.max_response_tokens, self.loss)
+        if self.max_refills < 0:
+            raise ValueError(f"max_refills is {self.max_refills}; allowed is 0 or more")
