@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 if TYPE_CHECKING:
-    from openm1.planner.cost import ThoughtCost
+    from openm1.planner.cost import PriceTier, Service, ThoughtCost, TokenCost
     from openm1.planner.flops import FlopLine
     from openm1.planner.shape import ModelShape
 
@@ -25,6 +25,7 @@ Mla = Literal["expanded", "absorbed"]
 Weights = Literal["bfloat16", "float32", "int8", "int8-experts", "fp8"]
 Shard = Literal["nothing", "optimizer", "all"]
 DEFAULT_GENERATE = 65_536
+PRICED_MODELS = ("minimax-m1", "m1-40k", "m1-80k")
 PLOTTED_LENGTHS = tuple(2**n for n in range(10, 21))
 
 
@@ -311,7 +312,7 @@ def price(
     one device; known is only what the M1 report paid for an H800. --device cpu measures this one.
     --plot FILE draws cost against the length of a thought.
     """
-    from openm1.planner.cost import PRICE_TIERS, Service, thought_cost, token_cost
+    from openm1.planner.cost import Service, thought_cost
     from openm1.planner.devices import find_device
     from openm1.planner.fleet import serving_layout
     from openm1.planner.memory import FORMATS
@@ -334,15 +335,7 @@ def price(
         return thought_cost(service, prompt_tokens=prompt, generated_tokens=length, batch=batch)
 
     costs = [cost(length) for length in thoughts]
-    has_prices = model in ("minimax-m1", "m1-40k", "m1-80k")
-    tiers = [
-        (
-            tier,
-            token_cost(service, tier.least_input_tokens, cny_per_usd),
-            token_cost(service, tier.most_input_tokens, cny_per_usd),
-        )
-        for tier in (PRICE_TIERS if has_prices else ())
-    ]
+    tiers = _tiers(service, cny_per_usd) if model in PRICED_MODELS else []
     if plot is not None:
         from openm1.planner.plots import draw_thoughts
 
@@ -372,6 +365,20 @@ def price(
     if tiers:
         title = f"Launch prices and cost, yuan for a million tokens, {cny_per_usd:g} yuan a dollar"
         console.print(price_table(title, tiers))
+
+
+def _tiers(service: Service, cny_per_usd: float) -> list[tuple[PriceTier, TokenCost, TokenCost]]:
+    """Each launch price with the cost at both ends of its tier."""
+    from openm1.planner.cost import PRICE_TIERS, token_cost
+
+    return [
+        (
+            tier,
+            token_cost(service, tier.least_input_tokens, cny_per_usd),
+            token_cost(service, tier.most_input_tokens, cny_per_usd),
+        )
+        for tier in PRICE_TIERS
+    ]
 
 
 PLANS: dict[str, Callable[..., Any]] = {

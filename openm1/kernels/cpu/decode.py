@@ -278,26 +278,10 @@ def route_tokens(shape, table, layer, space, first, stop):
 
 
 @piece
-def expert_layer(thread, threads, counter, target, shape, formats, table, layer, batch, space):
-    """mixed = the chosen experts' outputs, this thread's columns; the inputs are in x."""
-    count, top_k, size = batch.tokens.size, shape.num_experts_per_tok, shape.hidden_size
-    width = shape.expert_width
-    starts, counts, places = space.starts[thread], space.counts[thread], space.places[thread]
-    align = 16 if formats.tiles else 4
-    # Each thread sorts for itself: it is less work than waiting for another to do it.
-    sort_by_expert(space.chosen, count, top_k, shape.num_experts, align, starts, counts, places)
-    for s in range(count):
-        for k in range(top_k):
-            # By expert, not by token: rows of one expert share cache lines.
-            if space.chosen[s, k] % threads != thread:
-                continue
-            if formats.tiles:
-                pack_tiles(space.x[s], ZERO, size, size, places[s, k], space.packed)
-            else:
-                copy_row(space.x[s], space.rows[places[s, k]])
-    target += threads
-    meet(counter, target)
-
+def gate_experts(thread, threads, shape, formats, table, layer, space):
+    """silu(W1 x) * W3 x of each expert's rows, these columns; as tiles where they multiply."""
+    size, width = shape.hidden_size, shape.expert_width
+    starts, counts = space.starts[thread], space.counts[thread]
     first, stop = share(width, thread, threads, ROW_BLOCK)
     for e in range(shape.num_experts):
         if counts[e] == 0:
@@ -338,6 +322,30 @@ def expert_layer(thread, threads, counter, target, shape, formats, table, layer,
             up, gate = space.up[row, first:stop], space.gate[row, first:stop]
             for i in range(up.size):
                 up[i] *= gate[i]
+
+
+@piece
+def expert_layer(thread, threads, counter, target, shape, formats, table, layer, batch, space):
+    """mixed = the chosen experts' outputs, this thread's columns; the inputs are in x."""
+    count, top_k, size = batch.tokens.size, shape.num_experts_per_tok, shape.hidden_size
+    width = shape.expert_width
+    starts, counts, places = space.starts[thread], space.counts[thread], space.places[thread]
+    align = 16 if formats.tiles else 4
+    # Each thread sorts for itself: it is less work than waiting for another to do it.
+    sort_by_expert(space.chosen, count, top_k, shape.num_experts, align, starts, counts, places)
+    for s in range(count):
+        for k in range(top_k):
+            # By expert, not by token: rows of one expert share cache lines.
+            if space.chosen[s, k] % threads != thread:
+                continue
+            if formats.tiles:
+                pack_tiles(space.x[s], ZERO, size, size, places[s, k], space.packed)
+            else:
+                copy_row(space.x[s], space.rows[places[s, k]])
+    target += threads
+    meet(counter, target)
+
+    gate_experts(thread, threads, shape, formats, table, layer, space)
     target += threads
     meet(counter, target)
 
