@@ -7,7 +7,8 @@ from functools import partial
 
 from openm1.envs.chain import ChainTaskset
 from openm1.envs.hop import HopTaskset
-from openm1.envs.logic import THOUGHTS, LogicTaskset
+from openm1.envs.logic import REDUCED, THOUGHTS, LogicTaskset
+from openm1.envs.unknown import UnknownTaskset
 from openm1.protocols import Taskset
 
 
@@ -21,5 +22,6 @@ def make_taskset(name: str) -> Taskset:
 TASKSETS: dict[str, Callable[[], Taskset]] = {
     "chain": ChainTaskset,
     "hop": HopTaskset,
-    **{name: partial(LogicTaskset, name) for name in THOUGHTS},
+    "unknown": UnknownTaskset,
+    **{name: partial(LogicTaskset, name, **REDUCED.get(name, {})) for name in THOUGHTS},
 }

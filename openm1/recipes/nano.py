@@ -1,4 +1,8 @@
-"""The shipped model: a nano M1 on chain, hop and the reasoning-gym families learned quickest."""
+"""The shipped model: a nano M1 on chain, hop and families of reasoning-gym, in a person's words too.
+
+Pretraining shows every family's worked thought. The cold start then shows two ways, the thought
+and the hasty answer, mostly the hasty one; CISPO finds out by itself which of them pays.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,29 @@ from openm1.train.supervised import SupervisedConfig
 
 FOLDER = Path("runs/nano")
 
-# Shares of conversations; count_bits has the longest thoughts and the most digit facts.
-FAMILIES = {"chain": 0.15, "hop": 0.2, "count_bits": 0.35, "spell_backward": 0.3}
-# spell_backward is learned first and chain, whose replies are short, last.
-REBALANCED = {"chain": 0.4, "hop": 0.2, "count_bits": 0.3, "spell_backward": 0.1}
-# Some replies without a thought, so that switching thought off gives an answer, if a poor one.
-DIRECT_SHARE = dict.fromkeys(FAMILIES, 0.04)
+FAMILIES = {
+    "chain": 0.04,
+    "hop": 0.05,
+    "count_bits": 0.09,
+    "spell_backward": 0.06,
+    "letter_counting": 0.07,
+    "word_sequence_reversal": 0.05,
+    "chain_sum": 0.10,
+    "products": 0.08,
+    "gcd": 0.09,
+    "lcm": 0.07,
+    "prime_factorization": 0.09,
+    "leg_counting": 0.07,
+    "simple_equations": 0.08,
+    "simple_geometry": 0.05,
+    "complex_arithmetic": 0.05,
+    "aiw": 0.02,
+    "syllogism": 0.05,
+    "family_relationships": 0.05,
+}
+"""Shares of conversations: more where thoughts are long or hold many digit facts."""
+
+WITH_UNKNOWN = {**FAMILIES, "unknown": 0.03}
 
 SHAPE = ModelShape(
     hidden_size=128,
@@ -33,14 +54,21 @@ PRETRAIN = SupervisedRun(
     folder=FOLDER / "pretrain",
     shape=SHAPE,
     data=TraceData(
-        families=FAMILIES, batch_tokens=2048, chain_full_share=0.9, direct_share=DIRECT_SHARE
+        families=WITH_UNKNOWN,
+        batch_tokens=4096,
+        # Some replies without a thought, so that switching thought off gives an answer, if a poor
+        # one.
+        direct_share=dict.fromkeys(FAMILIES, 0.04),
+        easier_share=0.35,
+        reworded_share=0.2,
+        calculator_share=0.01,
     ),
     train=SupervisedConfig(
-        num_steps=1000,
-        max_tokens=1024,
-        optimizer=AdamWConfig(learning_rate=2e-3),
-        schedule=Schedule(warmup_steps=100),
-        save_every_steps=250,
+        num_steps=4400,
+        max_tokens=4096,
+        optimizer=AdamWConfig(learning_rate=1.2e-2, matrices="muon"),
+        schedule=Schedule(warmup_steps=50, decay_share=0.6),
+        save_every_steps=100,
     ),
 )
 
@@ -48,37 +76,39 @@ COLD_START = SupervisedRun(
     folder=FOLDER / "sft",
     init=PRETRAIN.folder,
     data=TraceData(
-        families=REBALANCED,
-        batch_tokens=2048,
-        chain_full_share=1.0,
+        families=WITH_UNKNOWN,
+        batch_tokens=4096,
         max_turns=3,
-        direct_share=DIRECT_SHARE,
+        direct_share=dict.fromkeys(FAMILIES, 0.65),
+        easier_share=0.2,
+        reworded_share=0.3,
+        calculator_share=0.02,
         seed=1,
     ),
     train=SupervisedConfig(
-        num_steps=1500,
-        max_tokens=1024,
-        optimizer=AdamWConfig(learning_rate=2e-3),
-        schedule=Schedule(warmup_steps=20, decay_share=0.7),
-        save_every_steps=250,
+        num_steps=150,
+        max_tokens=4096,
+        optimizer=AdamWConfig(learning_rate=3e-4),
+        schedule=Schedule(warmup_steps=10, decay_share=0.5),
+        save_every_steps=50,
     ),
 )
-"""Only whole thoughts, rebalanced, up to three questions in a row, at a falling rate."""
+"""Two hasty answers to each thought, and up to three questions in a row."""
 
 CISPO_RUN = RLRun(
     folder=FOLDER / "rl",
     init=COLD_START.folder,
     families=FAMILIES,
     rl=RLConfig(
-        num_steps=12,
-        num_prompts=16,
-        group_size=16,
-        num_updates=8,
-        max_response_tokens=200,
+        num_steps=60,
+        num_prompts=32,
+        group_size=8,
+        num_updates=4,
+        max_response_tokens=400,
         batch=BatchConfig(overlong_share=0.0),
         optimizer=AdamWConfig(learning_rate=5e-5),
         schedule=Schedule(decay_share=0.5),
         max_tokens=4096,
-        save_every_steps=4,
+        save_every_steps=5,
     ),
 )

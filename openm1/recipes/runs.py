@@ -13,9 +13,12 @@ from openm1.data.packing import Example
 from openm1.data.sft import conversation_example
 from openm1.engine.llm import load_tokenizer
 from openm1.envs.base import stable_hash
+from openm1.envs.calculator import calculator_conversation
 from openm1.envs.catalog import make_taskset
 from openm1.envs.chain import ChainTaskset
+from openm1.envs.logic import EASIER, LogicTaskset
 from openm1.envs.mixture import Mixture
+from openm1.envs.wordings import WORDINGS, reword
 from openm1.model.config import M1Config, post_norm_config
 from openm1.model.m1 import M1ForCausalLM
 from openm1.protocols import Taskset
@@ -68,6 +71,12 @@ class TraceData:
     """Conversations ask one to this many questions, one after the other."""
     direct_share: dict[str, float] = field(default_factory=dict)
     """Per family, the share of conversations that answer without a thought."""
+    easier_share: float = 0.0
+    """Share of items drawn easier than the family's difficulty, where it has such items."""
+    reworded_share: float = 0.0
+    """Share of questions asked in other words, where a family has them."""
+    calculator_share: float = 0.0
+    """Share of conversations that offer a calculator and use it."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,6 +97,9 @@ class TraceSource:
             weights=list(data.families.values()),
             seed=data.seed,
         )
+        self.easier = {
+            name: LogicTaskset(name, **EASIER[name]) for name in data.families if name in EASIER
+        }
 
     def __call__(self, step: int) -> Sequence[Example]:
         examples: list[Example] = []
@@ -95,15 +107,29 @@ class TraceSource:
         # Steps are far apart in the stream: no batch reaches into the next one's tasks.
         place = step * 1_000_000
         while room > 0:
-            num_turns = self._random(place, "turns").randint(1, self.data.max_turns)
-            messages: list[Message] = []
-            for _ in range(num_turns):
-                taskset, task = self.mixture.task(place)
-                messages += [*task.prompt, self._reply(taskset, task, self._random(place, "reply"))]
-                place += 1
-            examples.append(conversation_example(self.chat_format, messages))
+            rng = self._random(place, "turns")
+            num_turns = rng.randint(1, self.data.max_turns)
+            if rng.random() < self.data.calculator_share:
+                messages, tools = calculator_conversation(self._random(place, "calculator"))
+            else:
+                turns = [self._turn(place + i) for i in range(num_turns)]
+                messages, tools = [message for turn in turns for message in turn], []
+            place += num_turns
+            examples.append(conversation_example(self.chat_format, messages, tools))
             room -= len(examples[-1].token_ids)
         return examples
+
+    def _turn(self, place: int) -> list[Message]:
+        """A question, in the family's words or a person's, and its reply."""
+        taskset, task = self.mixture.task(place)
+        rng = self._random(place, "question")
+        if rng.random() < self.data.easier_share and task.family in self.easier:
+            easier = self.easier[task.family]
+            task = next(easier.train(stable_hash(f"{self.data.seed}/{place}/easier")))
+        asked = task
+        if rng.random() < self.data.reworded_share and task.family in WORDINGS:
+            asked = reword(task, rng)
+        return [*asked.prompt, self._reply(taskset, task, self._random(place, "reply"))]
 
     def _random(self, place: int, use: str) -> Random:
         """Its own numbers for each use: shared ones would tie what should be independent."""

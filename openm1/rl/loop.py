@@ -46,7 +46,7 @@ async def train_rl(
     Prompts, samples, shuffles and the window depend on (seed, step) and on what a checkpoint holds
     alone, so a run killed at any moment and resumed gives the curve of one that was not.
     """
-    optimizer = make_optimizer(model.parameters(), config.optimizer)
+    optimizer = make_optimizer(model, config.optimizer)
     tasks, window, first_step = TaskStream(mixture), WindowState(), 0
     saved = folder.latest()
     if saved is not None:

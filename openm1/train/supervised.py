@@ -56,7 +56,7 @@ def train_supervised(
 
     `model` is changed in place.
     """
-    optimizer = make_optimizer(model.parameters(), config.optimizer)
+    optimizer = make_optimizer(model, config.optimizer)
     first_step = 0
     if (latest := folder.latest()) is not None:
         first_step = resume(model, optimizer, latest)["step"]
