@@ -28,7 +28,10 @@ class Policy(Protocol):
 
 
 class Env(Protocol):
-    """One task being played: made, started, stepped until done, closed, discarded."""
+    """One task being played: made, started, stepped until done, closed, discarded.
+
+    An environment with tools says which in an attribute `tools`, a sequence of `ToolSpec`.
+    """
 
     async def start(self) -> list[Message]: ...
 

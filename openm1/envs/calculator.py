@@ -7,7 +7,8 @@ import json
 import operator
 from random import Random
 
-from openm1.types import Message, ToolCall, ToolSpec
+from openm1.envs.base import QuestionEnv, SingleTurnTaskset
+from openm1.types import Message, StepResult, Task, ToolCall, ToolSpec
 
 CALCULATOR = ToolSpec(
     name="calculator",
@@ -61,6 +62,48 @@ def draw_expression(rng: Random) -> str:
     for number in numbers[1:]:
         text += rng.choice("+-**") + number
     return text
+
+
+class CalculatorTaskset(SingleTurnTaskset):
+    """Sums and products of numbers up to six digits, with the calculator offered."""
+
+    name = "calculator"
+
+    def draw(self, rng: Random) -> Task:
+        expression = draw_expression(rng)
+        question = Message(role="user", content=f"calculate {expression}")
+        return Task(family=self.name, prompt=(question,), answer=calculate(expression))
+
+    def think(self, task: Task) -> str:
+        """Raises ValueError: these are for the tool."""
+        raise ValueError("calculator has no worked thoughts; its solution is a call")
+
+    def make_env(self, task: Task) -> QuestionEnv:
+        return CalculatorEnv(self, task)
+
+
+class CalculatorEnv(QuestionEnv):
+    """Answers calls until the model answers the question."""
+
+    tools = (CALCULATOR,)
+
+    async def step(self, reply: Message) -> StepResult:
+        if not reply.tool_calls:
+            return await super().step(reply)
+        messages = tuple(_answer(call) for call in reply.tool_calls)
+        return StepResult(reward=0.0, done=False, messages=messages)
+
+
+def _answer(call: ToolCall) -> Message:
+    """What the tool says; a bad call gets a sentence about it, and the model may try again."""
+    try:
+        arguments = json.loads(call.arguments)
+        if call.name != CALCULATOR.name or set(arguments) != {"expression"}:
+            raise ValueError(f"there is no {call.name}({', '.join(arguments)})")
+        content = calculate(str(arguments["expression"]))
+    except ValueError as error:
+        content = f"error: {error}"
+    return Message(role="tool", name=call.name, tool_call_id=call.id, content=content)
 
 
 _QUESTIONS = (

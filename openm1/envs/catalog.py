@@ -5,23 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from openm1.envs.base import SingleTurnTaskset
+from openm1.envs.calculator import CalculatorTaskset
 from openm1.envs.chain import ChainTaskset
 from openm1.envs.hop import HopTaskset
 from openm1.envs.logic import REDUCED, THOUGHTS, LogicTaskset
 from openm1.envs.unknown import UnknownTaskset
+from openm1.envs.wordings import WORDINGS, RewordedTaskset
 from openm1.protocols import Taskset
+
+IN_OTHER_WORDS = ":words"
 
 
 def make_taskset(name: str) -> Taskset:
-    """The taskset called `name`, in its default difficulty. Raises ValueError for other names."""
-    if name not in TASKSETS:
-        raise ValueError(f"taskset is {name!r}; allowed are {', '.join(TASKSETS)}")
-    return TASKSETS[name]()
+    """The taskset called `name`, in its default difficulty; `gcd:words` asks in a person's words.
+
+    Raises ValueError for other names.
+    """
+    family = name.removesuffix(IN_OTHER_WORDS)
+    if family not in TASKSETS or (family != name and family not in WORDINGS):
+        allowed = f"{', '.join(TASKSETS)}, and with {IN_OTHER_WORDS}: {', '.join(WORDINGS)}"
+        raise ValueError(f"taskset is {name!r}; allowed are {allowed}")
+    taskset = TASKSETS[family]()
+    return taskset if family == name else RewordedTaskset(taskset)
 
 
-TASKSETS: dict[str, Callable[[], Taskset]] = {
+TASKSETS: dict[str, Callable[[], SingleTurnTaskset]] = {
     "chain": ChainTaskset,
     "hop": HopTaskset,
     "unknown": UnknownTaskset,
+    "calculator": CalculatorTaskset,
     **{name: partial(LogicTaskset, name, **REDUCED.get(name, {})) for name in THOUGHTS},
 }

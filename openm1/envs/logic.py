@@ -43,7 +43,7 @@ _EQUATION = re.compile(
     r"(?: (?P<sign>[+-]) (?P<last>\d+))?"
 )
 _ASKED = re.compile(r"(?:What is|How is|What relation is) (\w+) (?:related )?to (\w+)\?")
-_SISTERS = re.compile(r"(\d+) (?:sisters|female friends|female colleagues)\b")
+_NOT_A_NUMBER = re.compile(r"(?i)\bnan\b|\binf(inity)?\b")
 
 
 def read_equation(equation: str) -> tuple[int, int, int]:
@@ -182,6 +182,9 @@ class LogicTaskset(SingleTurnTaskset):
             "answer": task.answer,
             "metadata": dict(task.metadata),
         }
+        # A distance that is not a number counts as none at all in some scorers.
+        if _NOT_A_NUMBER.search(answer):
+            return 0.0
         try:
             score = self._dataset.score_answer(answer.strip(), entry)
         except (ArithmeticError, ValueError, TypeError, LookupError):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from random import Random
 
-from openm1.envs.base import prompt_text
+from openm1.envs.base import QuestionEnv, SingleTurnTaskset, prompt_text, stable_hash
 from openm1.envs.logic import read_factors, read_kinship
 from openm1.types import Message, Task
 
@@ -325,3 +325,32 @@ def reword(task: Task, rng: Random) -> Task:
 
 def _lower(statement: str) -> str:
     return statement[0].lower() + statement[1:]
+
+
+class RewordedTaskset:
+    """A family whose questions all come in other words; `gcd:words` in the catalog."""
+
+    def __init__(self, taskset: SingleTurnTaskset) -> None:
+        self.taskset = taskset
+        self.name = f"{taskset.name}:words"
+
+    def train(self, seed: int) -> Iterator[Task]:
+        for number, task in enumerate(self.taskset.train(seed)):
+            yield reword(task, Random(stable_hash(f"{self.name}/train/{seed}/{number}")))
+
+    def test(self, seed: int, num_samples: int) -> list[Task]:
+        """The family's own held-out tasks, each in other words."""
+        return [
+            reword(task, Random(stable_hash(f"{self.name}/test/{seed}/{number}")))
+            for number, task in enumerate(self.taskset.test(seed, num_samples))
+        ]
+
+    def solution(self, task: Task, rng: Random) -> Message:
+        """Raises ValueError: a thought follows from the family's words, which are gone."""
+        raise ValueError(f"{self.name} has no worked thoughts; {self.taskset.name} has")
+
+    def make_env(self, task: Task) -> QuestionEnv:
+        return QuestionEnv(self.taskset, task)
+
+    def validate(self, task: Task) -> None:
+        self.taskset.validate(task)

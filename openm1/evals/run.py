@@ -44,11 +44,17 @@ class EvalConfig:
 def evaluate(policy: Policy, chat_format: ChatFormat, config: EvalConfig) -> dict[str, TaskMetrics]:
     """Metrics by family. Raises EvaluationError when rollouts failed."""
     tasksets = {name: make_taskset(name) for name in config.tasks}
-    results = {}
-    for name, taskset in tasksets.items():
-        rollouts = asyncio.run(play(policy, chat_format, taskset, config))
-        results[name] = task_metrics(rollouts)
-    return results
+    return {
+        name: evaluate_taskset(policy, chat_format, taskset, config)
+        for name, taskset in tasksets.items()
+    }
+
+
+def evaluate_taskset(
+    policy: Policy, chat_format: ChatFormat, taskset: Taskset, config: EvalConfig
+) -> TaskMetrics:
+    """One taskset, whatever `config.tasks` says. Raises EvaluationError when rollouts failed."""
+    return task_metrics(asyncio.run(play(policy, chat_format, taskset, config)))
 
 
 async def play(

@@ -16,6 +16,8 @@ CARD_FILE = "card.json"
 class Card:
     families: dict[str, dict[str, Any]]
     """Per family: difficulty, held-out results, chance."""
+    also: dict[str, dict[str, Any]]
+    """What else it was taught, measured in the same way: the honest no, the calculator."""
     examples: list[dict[str, str]]
     """Held-out questions with their answers: {"family", "question", "answer"}."""
     training: dict[str, Any]

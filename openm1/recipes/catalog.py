@@ -12,7 +12,12 @@ RECIPES: dict[str, dict[str, SupervisedRun | RLRun]] = {
         "sft": chain.COLD_START,
         "rl": chain.WINDOWS_RUN,
     },
-    "nano": {"pretrain": nano.PRETRAIN, "sft": nano.COLD_START, "rl": nano.CISPO_RUN},
+    "nano": {
+        "drill": nano.DRILL,
+        "pretrain": nano.PRETRAIN,
+        "sft": nano.COLD_START,
+        "rl": nano.CISPO_RUN,
+    },
 }
 
 

@@ -18,28 +18,33 @@ from openm1.train.supervised import SupervisedConfig
 FOLDER = Path("runs/nano")
 
 FAMILIES = {
-    "chain": 0.04,
-    "hop": 0.05,
-    "count_bits": 0.09,
+    "chain": 0.08,
+    "hop": 0.12,
+    "count_bits": 0.08,
     "spell_backward": 0.06,
-    "letter_counting": 0.07,
-    "word_sequence_reversal": 0.05,
-    "chain_sum": 0.10,
-    "products": 0.08,
-    "gcd": 0.09,
-    "lcm": 0.07,
-    "prime_factorization": 0.09,
-    "leg_counting": 0.07,
-    "simple_equations": 0.08,
-    "simple_geometry": 0.05,
-    "complex_arithmetic": 0.05,
+    "letter_counting": 0.06,
+    "word_sequence_reversal": 0.04,
+    "chain_sum": 0.12,
+    "products": 0.07,
+    "gcd": 0.07,
+    "prime_factorization": 0.10,
+    "leg_counting": 0.06,
+    "simple_equations": 0.07,
+    "simple_geometry": 0.06,
+    "complex_arithmetic": 0.06,
     "aiw": 0.02,
-    "syllogism": 0.05,
-    "family_relationships": 0.05,
+    "syllogism": 0.07,
+    "family_relationships": 0.06,
 }
 """Shares of conversations: more where thoughts are long or hold many digit facts."""
 
 WITH_UNKNOWN = {**FAMILIES, "unknown": 0.03}
+
+DRILL_FAMILIES = {"chain": 0.15, "hop": 0.2, "count_bits": 0.35, "spell_backward": 0.3}
+"""To copy and to look up comes first: begun with everything at once, it was never learned."""
+
+# Some replies without a thought, so that switching thought off gives an answer, if a poor one.
+DIRECT_SHARE = 0.04
 
 SHAPE = ModelShape(
     hidden_size=128,
@@ -50,24 +55,40 @@ SHAPE = ModelShape(
     softmax_period=4,
 )
 
-PRETRAIN = SupervisedRun(
-    folder=FOLDER / "pretrain",
+DRILL = SupervisedRun(
+    folder=FOLDER / "drill",
     shape=SHAPE,
     data=TraceData(
+        families=DRILL_FAMILIES,
+        batch_tokens=2048,
+        direct_share=dict.fromkeys(DRILL_FAMILIES, DIRECT_SHARE),
+        seed=7,
+    ),
+    train=SupervisedConfig(
+        num_steps=400,
+        max_tokens=4096,
+        optimizer=AdamWConfig(learning_rate=5e-3, matrices="muon"),
+        schedule=Schedule(warmup_steps=50),
+        save_every_steps=100,
+    ),
+)
+
+PRETRAIN = SupervisedRun(
+    folder=FOLDER / "pretrain",
+    init=DRILL.folder,
+    data=TraceData(
         families=WITH_UNKNOWN,
-        batch_tokens=4096,
-        # Some replies without a thought, so that switching thought off gives an answer, if a poor
-        # one.
-        direct_share=dict.fromkeys(FAMILIES, 0.04),
+        batch_tokens=3072,
+        direct_share=dict.fromkeys(FAMILIES, DIRECT_SHARE),
         easier_share=0.35,
         reworded_share=0.2,
         calculator_share=0.01,
     ),
     train=SupervisedConfig(
-        num_steps=4400,
+        num_steps=3800,
         max_tokens=4096,
-        optimizer=AdamWConfig(learning_rate=1.2e-2, matrices="muon"),
-        schedule=Schedule(warmup_steps=50, decay_share=0.6),
+        optimizer=AdamWConfig(learning_rate=5e-3, matrices="muon"),
+        schedule=Schedule(warmup_steps=20, decay_share=0.9),
         save_every_steps=100,
     ),
 )
@@ -77,38 +98,39 @@ COLD_START = SupervisedRun(
     init=PRETRAIN.folder,
     data=TraceData(
         families=WITH_UNKNOWN,
-        batch_tokens=4096,
+        batch_tokens=3072,
         max_turns=3,
-        direct_share=dict.fromkeys(FAMILIES, 0.65),
-        easier_share=0.2,
+        direct_share=dict.fromkeys(FAMILIES, 0.6),
+        easier_share=0.3,
         reworded_share=0.3,
-        calculator_share=0.02,
+        calculator_share=0.03,
         seed=1,
     ),
     train=SupervisedConfig(
         num_steps=150,
         max_tokens=4096,
         optimizer=AdamWConfig(learning_rate=3e-4),
-        schedule=Schedule(warmup_steps=10, decay_share=0.5),
+        schedule=Schedule(warmup_steps=10, decay_share=0.7),
         save_every_steps=50,
     ),
 )
-"""Two hasty answers to each thought, and up to three questions in a row."""
+"""Three hasty answers to two thoughts, and up to three questions in a row."""
 
 CISPO_RUN = RLRun(
     folder=FOLDER / "rl",
     init=COLD_START.folder,
-    families=FAMILIES,
+    families={**FAMILIES, **{f"{name}:words": share / 3 for name, share in FAMILIES.items()}},
     rl=RLConfig(
-        num_steps=60,
+        num_steps=40,
         num_prompts=32,
         group_size=8,
         num_updates=4,
         max_response_tokens=400,
         batch=BatchConfig(overlong_share=0.0),
-        optimizer=AdamWConfig(learning_rate=5e-5),
-        schedule=Schedule(decay_share=0.5),
+        optimizer=AdamWConfig(learning_rate=1e-4),
+        schedule=Schedule(decay_share=0.7),
         max_tokens=4096,
         save_every_steps=5,
     ),
 )
+"""A quarter of the questions come in other words."""

@@ -76,7 +76,7 @@ def test_pages_and_states_are_as_allocated(config: M1Config, name: str) -> None:
 def test_gradients_and_moments_are_as_allocated() -> None:
     config = tiny_config()
     model = random_model(config)
-    optimizer = make_optimizer(model.parameters(), AdamWConfig())
+    optimizer = make_optimizer(model, AdamWConfig())
     model(torch.stack(random_ids(config, 64))).sum().backward()
     memory = training_memory(
         from_m1(config, "tiny"), FORMATS["float32"], Layout(), num_tokens=64, recompute=False

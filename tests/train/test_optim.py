@@ -8,7 +8,7 @@ from openm1.train.optim import AdamWConfig, make_optimizer
 
 
 def test_the_defaults_are_those_of_m1():
-    groups = make_optimizer([nn.Parameter(torch.zeros(2, 2))], AdamWConfig()).param_groups
+    groups = make_optimizer(nn.Linear(2, 2), AdamWConfig()).param_groups
     for group in groups:
         assert group["betas"] == (0.9, 0.95)
         assert group["eps"] == 1e-15
@@ -17,7 +17,7 @@ def test_the_defaults_are_those_of_m1():
 def test_a_tiny_gradient_moves_a_weight_by_the_learning_rate():
     # At the usual eps of 1e-8 it would move it by a ten-thousandth of that.
     weight = nn.Parameter(torch.zeros(1, 2))
-    optimizer = make_optimizer([weight], AdamWConfig(learning_rate=0.5))
+    optimizer = make_optimizer(nn.ParameterList([weight]), AdamWConfig(learning_rate=0.5))
     weight.grad = torch.tensor([[1e-12, -1e-12]])
     optimizer.step()
     torch.testing.assert_close(weight.detach(), torch.tensor([[-0.5, 0.5]]), rtol=0.01, atol=0)
@@ -26,7 +26,7 @@ def test_a_tiny_gradient_moves_a_weight_by_the_learning_rate():
 def test_only_matrices_decay():
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
     config = AdamWConfig(learning_rate=0.1, weight_decay=0.5)
-    optimizer = make_optimizer([matrix, vector], config)
+    optimizer = make_optimizer(nn.ParameterList([matrix, vector]), config)
     matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step()
     torch.testing.assert_close(matrix.detach(), torch.full((2, 2), 0.95))

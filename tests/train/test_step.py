@@ -22,7 +22,7 @@ def backward(model) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad: float):
     model = tiny_model()
-    optimizer = make_optimizer(model.parameters(), AdamWConfig())
+    optimizer = make_optimizer(model, AdamWConfig())
     backward(model)
     optimizer_step(model, optimizer, learning_rate=0.01, max_grad_norm=1.0)
     backward(model)

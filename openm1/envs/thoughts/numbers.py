@@ -47,6 +47,8 @@ def think_chain_sum(expression: str) -> str:
 
 def _product_lines(left: int, right: int) -> list[str]:
     """`914*800:002137=731200`, one line for each digit of `right` that is not 0, and their sums."""
+    if right == 0:
+        return [f"{left}*0:0=0"]
     lines: list[str] = []
     total = 0
     for place, digit in enumerate(str(right)):
