@@ -133,7 +133,9 @@ def calculator_conversation(rng: Random) -> tuple[list[Message], list[ToolSpec]]
     question = rng.choice(_QUESTIONS).format(e=shown)
     if rng.random() < 0.3:
         question = question[0].upper() + question[1:] + rng.choice(("?", "", "."))
-    call = ToolCall(name="calculator", arguments=json.dumps({"expression": expression}), id="call_0")
+    call = ToolCall(
+        name="calculator", arguments=json.dumps({"expression": expression}), id="call_0"
+    )
     tool = ToolSpec(
         name="calculator",
         description=rng.choice(_DESCRIPTIONS),

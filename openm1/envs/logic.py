@@ -43,6 +43,7 @@ _EQUATION = re.compile(
     r"(?: (?P<sign>[+-]) (?P<last>\d+))?"
 )
 _ASKED = re.compile(r"(?:What is|How is|What relation is) (\w+) (?:related )?to (\w+)\?")
+_WITHOUT_UNKNOWN = re.compile(r": -?\d+ = -?\d+$")
 _NOT_A_NUMBER = re.compile(r"(?i)\bnan\b|\binf(inity)?\b")
 
 
@@ -71,11 +72,9 @@ def _think_kinship(task: Task) -> str:
 
 
 def _think_complex(item: Mapping[str, Any]) -> str:
-    left, right, result = (
-        tuple(int(part) for part in item[name]) for name in ("num1", "num2", "result")
-    )
-    operation = {"*": "×", "/": "÷"}.get(item["operation"], item["operation"])
-    return think_complex_arithmetic(left, operation, right, result)
+    (a, b), (c, d), (e, f) = (map(int, item[name]) for name in ("num1", "num2", "result"))
+    signs = {"+": "+", "-": "-", "*": "×", "/": "÷"}
+    return think_complex_arithmetic((a, b), signs[item["operation"]], (c, d), (e, f))
 
 
 def _think_legs(item: Mapping[str, Any]) -> str:
@@ -131,7 +130,7 @@ EASIER: dict[str, dict[str, Any]] = {
     "simple_equations": {"max_terms": 2, "max_value": 12},
     "simple_geometry": {"max_sides": 4},
 }
-"""Options for items that are easier than the package's default: to begin with, and to chat about."""
+"""Options for items easier than the package's default: to begin with, and to chat about."""
 
 
 class LogicTaskset(SingleTurnTaskset):
@@ -163,8 +162,8 @@ class LogicTaskset(SingleTurnTaskset):
         # The package seeds item i with seed + i, so items under neighbouring seeds are the same.
         # Indices far apart in one long dataset are independent, and cost no new dataset.
         item = self._dataset[rng.getrandbits(40)]
-        # An equation whose unknown has dropped out has no answer.
-        while item["question"].endswith(" 0 = 0"):
+        # An equation whose unknown has dropped out, such as 7 = 7, has no answer.
+        while _WITHOUT_UNKNOWN.search(item["question"]):
             item = self._dataset[rng.getrandbits(40)]
         return Task(
             family=self.name,

@@ -118,7 +118,7 @@ LOGIC_PHRASES: dict[str, tuple[str, ...]] = {
         " related to",
         "? Provide the relationship in one word.",
         "? Answer with a single word.",
-            ),
+    ),
 }
 """The fixed parts of each family's prompts; the items stand between them."""
 

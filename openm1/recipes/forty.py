@@ -75,7 +75,10 @@ class FortyConfig:
 def main() -> None:
     config = tyro.cli(FortyConfig, prog="python -m openm1.recipes.forty")
     replies = ask(LLM(config.model), config.max_tokens)
-    right = [is_right(reply.content, answer) for reply, (_, answer) in zip(replies, QUESTIONS, strict=True)]
+    right = [
+        is_right(reply.content, answer)
+        for reply, (_, answer) in zip(replies, QUESTIONS, strict=True)
+    ]
     config.page.write_text(page(replies, right))
     print(f"{sum(right)} of {len(right)} right; wrote {config.page}")
 
@@ -107,8 +110,8 @@ def page(replies: list[Message], right: list[bool]) -> str:
     parts = [
         "# Forty questions",
         "",
-        "Typed before the model was asked any of them, each put to the shipped nano in a chat of its",
-        f"own, greedily: {sum(right)} of {len(right)} right. Repeat it with",
+        "Typed before the model was asked any of them, each put to the shipped nano in a chat",
+        f"of its own, greedily: {sum(right)} of {len(right)} right. Repeat it with",
         "`python -m openm1.recipes.forty`.",
         "",
     ]

@@ -1,7 +1,8 @@
-"""The shipped model: a nano M1 on chain, hop and families of reasoning-gym, in a person's words too.
+"""The shipped model: a nano M1 on chain, hop and families of reasoning-gym.
 
-Pretraining shows every family's worked thought. The cold start then shows two ways, the thought
-and the hasty answer, mostly the hasty one; CISPO finds out by itself which of them pays.
+A drill teaches it to copy and to look up; pretraining shows every family's worked thought, some
+questions in a person's words. The cold start then shows two ways, the thought and the hasty answer,
+mostly the hasty one; CISPO finds out by itself which of them pays.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ PRETRAIN = SupervisedRun(
         calculator_share=0.01,
     ),
     train=SupervisedConfig(
-        num_steps=3800,
+        num_steps=2700,
         max_tokens=4096,
         optimizer=AdamWConfig(learning_rate=5e-3, matrices="muon"),
         schedule=Schedule(warmup_steps=20, decay_share=0.9),

@@ -22,6 +22,10 @@ def card_page(card: Card) -> str:
         for kind in ("held_out", "held_out_before_cispo")
     )
     unknown, calculator = card.also["unknown"], card.also["calculator"]
+    columns = (
+        "family", "difficulty", "accuracy", "before CISPO", "commonest", "thought tokens", "half",
+        "none", "words", "second",
+    )  # fmt: skip
     return f"""# nano
 
 A hybrid lightning-attention mixture of experts in M1's shape, trained from random weights on a CPU
@@ -36,8 +40,8 @@ hastily. "Commonest" is what always giving the commonest answer scores; "half" a
 the mean thought, and none. "Words" asks the same in a person's words, "second" after another
 question in the same chat.
 
-| family | difficulty | accuracy | before CISPO | commonest | thought tokens | half | none | words | second |
-|---|---|---|---|---|---|---|---|---|---|
+| {" | ".join(columns)} |
+|{"---|" * len(columns)}
 {chr(10).join(rows)}
 
 Prompts are exactly reasoning-gym's, but for chain and hop. Outside of its families it says that it
@@ -92,7 +96,9 @@ def draw_budgets(path: Path, card: Card) -> None:
     axes.plot(budgets, means, "k-", lw=3, label="mean")
     axes.set_xscale("symlog", linthresh=4, base=2)
     axes.set_xticks(budgets, [str(budget) for budget in budgets])
-    axes.set(xlabel="thinking budget [tokens]", ylabel="held-out accuracy, greedy", ylim=(-0.02, 1.02))
+    axes.set(
+        xlabel="thinking budget [tokens]", ylabel="held-out accuracy, greedy", ylim=(-0.02, 1.02)
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130)
@@ -110,7 +116,9 @@ def draw_cispo(path: Path, metrics: Path) -> None:
     axes.set(xlabel="CISPO step", ylabel="mean reward", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     lengths = axes.twinx()
-    lengths.plot(steps, [line["rollout/length_mean_tokens"] for line in lines], "C1", label="length")
+    lengths.plot(
+        steps, [line["rollout/length_mean_tokens"] for line in lines], "C1", label="length"
+    )
     lengths.set_ylabel("mean reply [tokens]")
     figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=130)

@@ -328,10 +328,10 @@ def test_other_thoughts_say_what_their_docstrings_say():
         "premise2": "Some cats are not bees",
         "conclusion": "No dogs are bees",
     }
-    assert think_syllogism(metadata) == (
-        "A dogs B cats C bees\nAll A B\nSome B not C\nNo A C"
-    )
-    assert set(FEMALE_RELATIONS) | set(MALE_RELATIONS) == {n for pair in WAYS.values() for n in pair}
+    assert think_syllogism(metadata) == ("A dogs B cats C bees\nAll A B\nSome B not C\nNo A C")
+    assert set(FEMALE_RELATIONS) | set(MALE_RELATIONS) == {
+        n for pair in WAYS.values() for n in pair
+    }
 
 
 def test_syllogisms_in_letters_leave_nothing_open():

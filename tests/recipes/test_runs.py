@@ -104,6 +104,33 @@ def test_chains_are_thought_through_as_often_as_asked(share: float):
     assert sum(whole) / len(whole) == pytest.approx(share, abs=0.1)
 
 
+def test_some_questions_come_in_other_words_and_some_are_easier():
+    options = {"families": {"gcd": 1.0}, "batch_tokens": 20_000}
+    plain, worded, easier = (
+        source(**options, **more)(0)
+        for more in ({}, {"reworded_share": 0.5}, {"easier_share": 1.0})
+    )
+    own = [question(example).startswith("Find the Greatest") for example in worded]
+    assert all(question(example).startswith("Find the Greatest") for example in plain)
+    assert sum(own) / len(own) == pytest.approx(0.5, abs=0.15)
+    # The thought and the answer stay those of the question in the family's words.
+    for one, other in zip(plain, worded, strict=False):
+        assert reply(one) == reply(other)
+    lengths = [sum(map(len, map(reply, batch))) / len(batch) for batch in (plain, easier)]
+    assert lengths[1] < 0.8 * lengths[0]
+
+
+def test_a_calculator_is_offered_called_and_believed():
+    batch = source(calculator_share=1.0, batch_tokens=3000)(0)
+    for example in batch:
+        text = TOKENIZER.decode(example.token_ids)
+        assert '"name": "calculator"' in text.split("user name=user\n")[0]
+        call, result, answer = text.split("<beginning_of_sentence>")[-3:]
+        assert '{"name": "calculator", "arguments": {"expression": "' in call
+        value = result.split("tool result: ")[1].split("\n")[0]
+        assert answer.endswith(f"</think>{value}{END_OF_SENTENCE}\n")
+
+
 def test_only_the_reply_is_learned():
     for example in source()(0):
         tokens = zip(example.token_ids, example.loss_mask, strict=True)

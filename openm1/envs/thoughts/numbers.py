@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import gcd
 
+
 def _column_step(left: int, sign: str, right: int) -> str:
     """`30-12:81`: an operation and its result backwards, as carries run, in full column width."""
     result = left + right if sign == "+" else left - right
