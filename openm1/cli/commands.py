@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Kernels = Literal["auto", "torch", "cpu"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 Weights = Literal["full", "int8"]
-TRAINERS = ("pretrain", "sft", "rl")
+TRAINERS = ("drill", "pretrain", "sft", "rl")
 
 # A flag has one form, the one that changes something: --json, not --no-json beside it.
 TYRO_CONFIG = (FlagCreatePairsOff,)
@@ -300,8 +300,19 @@ def demo(*, folder: Path = Path("runs/demo"), open_report: bool = False) -> None
     run_demo(folder, open_report=open_report)
 
 
-def train(kind: str, args: Sequence[str]) -> None:
-    """`openm1 pretrain|sft|rl RECIPE [--overrides]`."""
+def train(recipe: Positional[str], *, folder: Path | None = None, share: float = 1.0) -> None:
+    """All stages of a recipe, chain or nano, in order; stopped and called again it goes on.
+
+    --share 0.01 does a hundredth of the steps, to try it out. Without --folder it is the recipe's
+    own, under runs/.
+    """
+    from openm1.recipes.catalog import run_recipe
+
+    print(f"wrote {run_recipe(recipe, folder, share)}")
+
+
+def train_stage(kind: str, args: Sequence[str]) -> None:
+    """`openm1 drill|pretrain|sft|rl RECIPE [--overrides]`."""
     from openm1.recipes.catalog import RECIPES, recipe_stage
     from openm1.recipes.runs import RLRun, run_rl, run_supervised
 
@@ -430,4 +441,5 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "serve": serve,
     "usage": usage,
     "demo": demo,
+    "train": train,
 }

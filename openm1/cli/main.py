@@ -9,11 +9,11 @@ from typing import Any
 
 from tyro.extras import subcommand_cli_from_dict
 
-from openm1.cli.commands import COMMANDS, TRAINERS, TYRO_CONFIG, train
+from openm1.cli.commands import COMMANDS, TRAINERS, TYRO_CONFIG, train_stage
 
 DESCRIPTION = """OpenM1: run, train and measure MiniMax-M1-class reasoning models.
 
-Training: openm1 pretrain|sft|rl RECIPE [--help] [--overrides].
+One stage of a training: openm1 drill|pretrain|sft|rl RECIPE [--help] [--overrides].
 Costs: openm1 plan flops|memory|run|price [--help]."""
 
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         if args and args[0] in TRAINERS:
-            train(args[0], args[1:])
+            train_stage(args[0], args[1:])
         elif args and args[0] == "plan":
             from openm1.cli import plan
 
