@@ -28,10 +28,7 @@ class Policy(Protocol):
 
 
 class Env(Protocol):
-    """One task being played: made, started, stepped until done, closed, discarded.
-
-    An environment with tools says which in an attribute `tools`, a sequence of `ToolSpec`.
-    """
+    """One task being played: made, started, stepped until done, closed, discarded."""
 
     async def start(self) -> list[Message]: ...
 
