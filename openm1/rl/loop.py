@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 
-from openm1.chat.reply import reply_text
 from openm1.chat.template import ChatFormat
 from openm1.common.track import Display, JsonlTracker
 from openm1.envs.mixture import Mixture
@@ -18,6 +16,7 @@ from openm1.rl.batch import Sample, group_samples, has_signal, signal_metrics
 from openm1.rl.collect import TaskStream, collect
 from openm1.rl.config import RLConfig
 from openm1.rl.monitor import rollout_metrics
+from openm1.rl.record import write_rollouts
 from openm1.rl.stages import WindowState, advance, late_grad_norm, late_loss, window_tokens
 from openm1.rl.update import UpdatePlan, update_policy
 from openm1.train.checkpoint import RunFolder
@@ -71,8 +70,7 @@ async def train_rl(
                 plan = _plan(config, step, window, chat_format.tokenizer.vocab_size)
                 metrics |= update_policy(model, optimizer, samples, plan, rng)
                 model.eval()
-            metrics["time/sample_s"] = sampled - began
-            metrics["time/train_s"] = time.perf_counter() - sampled
+            metrics |= _times(sampled - began, time.perf_counter() - sampled, groups, samples)
             window = advance(
                 config.growth,
                 window,
@@ -80,7 +78,7 @@ async def train_rl(
                 length_p99_tokens=metrics["rollout/longest_reply_p99_tokens"],
                 window_tokens=tokens,
             )
-            _write_rollouts(folder, step, groups, chat_format)
+            write_rollouts(folder.path, step, groups, chat_format.tokenizer)
             tracker.log(step, metrics)
             display.log(step, metrics)
             if on_step is not None:
@@ -105,6 +103,20 @@ def _samples(groups: list[RolloutGroup], config: RLConfig, window_tokens: int) -
     ]
 
 
+def _times(
+    sample_s: float, train_s: float, groups: list[RolloutGroup], samples: list[Sample]
+) -> dict[str, float]:
+    """Sampled are replies' tokens; trained are those of whole samples, prompts included."""
+    sampled = sum(r.num_completion_tokens for group in groups for r in group.rollouts)
+    trained = sum(len(sample.token_ids) for sample in samples)
+    return {
+        "time/sample_s": sample_s,
+        "time/train_s": train_s,
+        "time/sampled_tokens_per_s": sampled / sample_s,
+        "time/trained_tokens_per_s": trained / train_s,
+    }
+
+
 def _plan(config: RLConfig, step: int, window: WindowState, vocab_size: int) -> UpdatePlan:
     ratio = config.schedule.ratio(step, config.num_steps)
     return UpdatePlan(
@@ -117,24 +129,3 @@ def _plan(config: RLConfig, step: int, window: WindowState, vocab_size: int) -> 
         anchor=config.anchor,
         vocab_size=vocab_size,
     )
-
-
-def _write_rollouts(
-    folder: RunFolder, step: int, groups: list[RolloutGroup], chat_format: ChatFormat
-) -> None:
-    """Every rollout of a step as a line of readable JSON."""
-    target = folder.path / "rollouts"
-    target.mkdir(exist_ok=True)
-    with (target / f"step-{step:06d}.jsonl").open("w") as file:
-        for group in groups:
-            for rollout in group.rollouts:
-                replies = [reply_text(chat_format.tokenizer, t.completion.token_ids)
-                           for t in rollout.turns]  # fmt: skip
-                line = {
-                    "family": group.task.family,
-                    "prompt": group.task.prompt[-1].content,
-                    "replies": replies,
-                    "reward": rollout.reward,
-                    "error": rollout.error,
-                }
-                file.write(json.dumps(line) + "\n")

@@ -25,6 +25,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     ends = [r.turns[-1].completion.finish_reason for r in good]
     return {
         "rollout/reward": float(rewards.mean()),
+        "rollout/accuracy": float((rewards >= 1).float().mean()),
         "rollout/perplexity": _perplexity(good),
         "rollout/length_mean_tokens": float(lengths.mean()),
         "rollout/length_p99_tokens": float(lengths.quantile(0.99)),
