@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 Points = Sequence[tuple[float, float]]
@@ -144,8 +144,12 @@ def line_chart(title: str, curves: Mapping[str, Points], *, marks: Sequence[floa
     )
 
 
-def _grid(ticks: list[float], place: object, x_low: float, x_high: float) -> str:
-    assert callable(place)
+def _grid(
+    ticks: list[float],
+    place: Callable[[float, float], tuple[float, float]],
+    x_low: float,
+    x_high: float,
+) -> str:
     lines = []
     step = ticks[1] - ticks[0]
     for tick in ticks:

@@ -72,10 +72,6 @@ CHARTS: tuple[tuple[str, dict[str, str]], ...] = (
     ("Staleness (policy versions)", {"mean": "rl/staleness_mean", "greatest": "rl/staleness_max"}),
     ("Value of the critic", {"loss": "critic/loss", "explained": "critic/explained_variance"}),
     ("Judge: reward against length", {"correlation": "genrm/length_corr"}),
-    (
-        "Skipped updates and failed checkpoints",
-        {"updates that were not finite": "rl/nonfinite_updates"},
-    ),
 )
 """What is drawn, where the run has it."""
 

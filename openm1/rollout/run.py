@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
@@ -12,6 +13,7 @@ from openm1.chat.reply import parse_reply
 from openm1.chat.template import ChatFormat
 from openm1.envs.base import GraderError
 from openm1.protocols import Env, Policy, Taskset
+from openm1.rollout.patience import within
 from openm1.types import ErrorSource, Message, Rollout, RolloutGroup, SamplingParams, Task, Turn
 
 MAX_TURNS = 40
@@ -26,11 +28,19 @@ async def run_group(
     params: SamplingParams,
     *,
     seeds: Sequence[int],
+    env_timeout_s: float | None = None,
 ) -> RolloutGroup:
     """One rollout per seed, all at once, so that they can share the prompt's prefill."""
     rollouts = await asyncio.gather(
         *(
-            run_rollout(policy, taskset, task, chat_format, replace(params, seed=seed))
+            run_rollout(
+                policy,
+                taskset,
+                task,
+                chat_format,
+                replace(params, seed=seed),
+                env_timeout_s=env_timeout_s,
+            )
             for seed in seeds
         )
     )
@@ -43,14 +53,19 @@ async def run_rollout(
     task: Task,
     chat_format: ChatFormat,
     params: SamplingParams,
+    *,
+    env_timeout_s: float | None = None,
 ) -> Rollout:
-    """Plays a task to its end. A failure is returned in `Rollout.error`, never raised or scored."""
+    """Plays a task to its end. A failure is returned in `Rollout.error`, never raised or scored.
+
+    Each call of the environment may take `env_timeout_s`; None is for ever.
+    """
     turns: list[Turn] = []
     source: ErrorSource = "env"
     env: Env | None = None
     try:
         env = taskset.make_env(task)
-        messages = await env.start()
+        messages = await within(env_timeout_s, env.start(), "start of the environment")
         prompt_ids = chat_format.encode(messages)
         for number in range(MAX_TURNS):
             source = "policy"
@@ -58,8 +73,10 @@ async def run_rollout(
             turns.append(Turn(prompt_ids=tuple(prompt_ids), completion=completion))
             source = "env"
             reply = parse_reply(chat_format.tokenizer, completion.token_ids)
-            result = await env.step(reply)
+            result = await within(env_timeout_s, env.step(reply), "step of the environment")
             if result.done:
+                if not math.isfinite(result.reward):
+                    raise ValueError(f"the reward is {result.reward}; allowed are finite numbers")
                 return Rollout(task=task, turns=tuple(turns), reward=result.reward)
             # Tokens are appended, never rendered again: what was sampled is what is trained on.
             past = [*prompt_ids, *completion.token_ids]
@@ -75,13 +92,13 @@ async def run_rollout(
         return Rollout(task=task, turns=tuple(turns), error=text, error_source=source)
     finally:
         if env is not None:
-            await _close(env)
+            await _close(env, env_timeout_s)
 
 
-async def _close(env: Env) -> None:
+async def _close(env: Env, timeout_s: float | None) -> None:
     """What goes wrong in tidying up does not undo a played task, so it is only told."""
     try:
-        await env.close()
+        await within(timeout_s, env.close(), "close of the environment")
     except Exception:
         logging.getLogger(__name__).exception("an environment failed to close")
 
