@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from openm1.common.errors import RunStopped
 from openm1.rl.batch import has_signal
 from openm1.rl.config import RLConfig
@@ -19,10 +21,14 @@ async def collect(
 
     Dynamic sampling refills what had no signal, so that about `num_prompts` groups teach.
     """
+    start = partial(queue.fill, version=step, window_tokens=window_tokens)
+    # The last bits of a probability depend on what is computed beside it. So that they are the same
+    # in a resumed run, "wait" starts groups only when no others are being played.
+    overlap = config.in_flight != "wait"
     entries: list[Entry] = []
     missing = config.num_prompts
     for _ in range(1 + config.max_refills * config.dynamic_sampling):
-        queue.fill(missing, version=step, window_tokens=window_tokens)
+        start(missing, ahead=overlap)
         new = await queue.take(missing)
         entries += new
         groups = [entry.group for entry in entries]
@@ -34,4 +40,5 @@ async def collect(
         missing = config.num_prompts - sum(has_signal(group, config.batch) for group in groups)
         if missing <= 0:
             break
+    start(0, ahead=True)
     return entries

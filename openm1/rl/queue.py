@@ -84,15 +84,13 @@ class RolloutQueue:
         batches = (self.config.max_staleness + 1) * self.config.num_prompts
         return max(1, int(share * batches / (1 + share)))
 
-    def fill(self, missing: int, *, version: int, window_tokens: int) -> None:
-        """Starts as many groups as may be under way now; at least `missing` are."""
+    def fill(self, missing: int, *, ahead: bool, version: int, window_tokens: int) -> None:
+        """Starts groups until `missing` are under way, and with `ahead` as many more as may be."""
         config = self.config
-        ahead = config.max_staleness * config.num_prompts
+        more = config.max_staleness * config.num_prompts - (self.window - 1)
         # Past the last step nothing is learned from.
-        ahead = min(
-            ahead - (self.window - 1), (config.num_steps - 1 - version) * config.num_prompts
-        )
-        count = missing + max(0, ahead) - len(self.entries)
+        more = min(more, (config.num_steps - 1 - version) * config.num_prompts)
+        count = missing + max(0, more) * ahead - len(self.entries)
         for drawn in self.tasks.draw(max(0, count)):
             self._enter(drawn, version, window_tokens)
 
