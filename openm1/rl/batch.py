@@ -26,6 +26,10 @@ class Sample:
     advantage: float
     prompt: int
     """The same for the rollouts of one prompt."""
+    reward: float = 0.0
+    """What the rollout earned, its cost of length taken off."""
+    advantages: tuple[float, ...] = ()
+    """Of each token the policy chose, from a critic; empty is `advantage` for all of them."""
     mismatch: tuple[float, ...] = ()
     """Beside the old log-probabilities: what corrects for the sampler's. Empty is no correction."""
 
@@ -135,14 +139,14 @@ def group_samples(
     ]
     advantages = group_advantages(rewards)
     samples = [
-        _sample(rollout, advantage, prompt)
-        for rollout, advantage in zip(counted, advantages, strict=True)
+        _sample(rollout, advantage, reward, prompt)
+        for rollout, advantage, reward in zip(counted, advantages, rewards, strict=True)
         if config.policy(rollout) == "keep"
     ]
     return [sample for sample in samples if sample.num_loss_tokens]
 
 
-def _sample(rollout: Rollout, advantage: float, prompt: int) -> Sample:
+def _sample(rollout: Rollout, advantage: float, reward: float, prompt: int) -> Sample:
     ids: list[int] = []
     mask: list[bool] = []
     logprobs: list[float] = []
@@ -160,6 +164,7 @@ def _sample(rollout: Rollout, advantage: float, prompt: int) -> Sample:
         loss_mask=tuple(mask),
         old_logprobs=tuple(logprobs),
         advantage=advantage,
+        reward=reward,
         prompt=prompt,
     )
 
@@ -181,7 +186,11 @@ class PolicyBatch:
 
 def pack_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") -> PolicyBatch:
     counts = torch.tensor([sample.num_loss_tokens for sample in samples])
-    advantages = torch.tensor([sample.advantage for sample in samples])
+    advantages = [
+        advantage
+        for sample in samples
+        for advantage in sample.advantages or (sample.advantage,) * sample.num_loss_tokens
+    ]
     old = [logprob for sample in samples for logprob in sample.old_logprobs]
     mismatch = [factor for sample in samples for factor in sample.mismatch]
     index = torch.repeat_interleave(torch.arange(len(samples)), counts)
@@ -189,7 +198,7 @@ def pack_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") 
     return PolicyBatch(
         packed=pack(examples, device),
         old_logprobs=torch.tensor(old, device=device),
-        advantages=advantages[index].to(device),
+        advantages=torch.tensor(advantages, device=device),
         sample_index=index.to(device),
         mismatch=torch.tensor(mismatch, device=device) if mismatch else None,
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from openm1.rl.batch import BatchConfig
+from openm1.rl.critic import Critic
 from openm1.rl.losses import CISPO, Loss, RatioAnchor
 from openm1.rl.stages import WindowGrowth
 from openm1.train.optim import AdamWConfig
@@ -32,6 +33,9 @@ class RLConfig:
     repetition_stop_tokens: int = 3000
     """A rollout stops after so many tokens in a row of which the model is all but sure."""
     loss: Loss = field(default_factory=CISPO)
+    critic: Critic | None = None
+    """With one, advantages are a value head's (PPO's way) instead of the group's; groups that are
+    all right or all wrong then teach too: switch dynamic_sampling off."""
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     schedule: Schedule = field(default_factory=Schedule)
     anchor: RatioAnchor = field(default_factory=RatioAnchor)

@@ -18,6 +18,7 @@ from openm1.protocols import Policy, WeightSink
 from openm1.rl.batch import Sample, group_samples, has_signal, signal_metrics
 from openm1.rl.collect import collect
 from openm1.rl.config import RLConfig
+from openm1.rl.critic import CriticTrainer
 from openm1.rl.monitor import rollout_metrics, staleness_metrics
 from openm1.rl.queue import Entry, RolloutQueue, group_player
 from openm1.rl.record import write_rollouts
@@ -107,7 +108,10 @@ class _Run:
         self.window = WindowState()
         self.vocab_size = chat_format.tokenizer.vocab_size
         tasks = TaskStream(mixture)
+        self.critic = None if config.critic is None else CriticTrainer(model, config.critic)
         self.kept: dict[str, Stateful] = {"tasks": tasks, **stateful}
+        if self.critic is not None:
+            self.kept["critic"] = self.critic
         self.queue = RolloutQueue(tasks, group_player(policy, chat_format, config), config)
         self._waiting: list[dict[str, Any]] = []
 
@@ -162,12 +166,18 @@ class _Run:
     async def _update(self, step: int, samples: list[Sample]) -> dict[str, float]:
         rng = Random(f"{self.config.seed}/{step}/shuffle")
         plan = _plan(self.config, step, self.window, self.vocab_size)
-        work = partial(update_policy, self.model, self.optimizer, samples, plan, rng)
+        work = partial(self._learn, samples, plan, rng)
         self.model.train()
         # Rollouts of the steps after this one go on meanwhile.
         metrics = await asyncio.to_thread(work) if self.config.max_staleness else work()
         self.model.eval()
         return metrics
+
+    def _learn(self, samples: list[Sample], plan: UpdatePlan, rng: Random) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        if self.critic is not None:
+            samples, metrics = self.critic.learn(samples, self.config.max_tokens)
+        return metrics | update_policy(self.model, self.optimizer, samples, plan, rng)
 
 
 def _samples(entries: list[Entry], config: RLConfig) -> list[Sample]:
