@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import reports
+from benchmarks.cispo_step import TRL_PYTHON, cispo_race
 from benchmarks.contestant import OURS, OpenM1
 from benchmarks.peers import (
     VLLM_PYTHON,
@@ -219,8 +220,17 @@ def _nano_cases() -> dict[str, Case]:
     return cases
 
 
+def _trl_cases() -> dict[str, Case]:
+    python = os.environ.get(TRL_PYTHON)
+    if not python:
+        return {}
+    about = "a step of CISPO, nano fp32: 16 prompts x 16, at most 32 tokens, 16 updates"
+    return {"cispo-step": Case(about=about, race=partial(cispo_race, python))}
+
+
 CASES: dict[str, Case] = {
     **_nano_cases(),
+    **_trl_cases(),
     **{
         f"decode-315m-b{batch}": Case(
             about=f"decode, 315 M bf16, batch {batch}", race=partial(big_decode, batch, goal)
