@@ -30,6 +30,9 @@ class Sample:
     """What the rollout earned, its cost of length taken off."""
     advantages: tuple[float, ...] = ()
     """Of each token the policy chose, from a critic; empty is `advantage` for all of them."""
+    experts: tuple[bytes, ...] = ()
+    """Where they were recorded: which experts each token but the last went to, as in `Completion`;
+    the trainer sends it there again."""
     mismatch: tuple[float, ...] = ()
     """Beside the old log-probabilities: what corrects for the sampler's. Empty is no correction."""
 
@@ -150,7 +153,11 @@ def _sample(rollout: Rollout, advantage: float, reward: float, prompt: int) -> S
     ids: list[int] = []
     mask: list[bool] = []
     logprobs: list[float] = []
+    experts: list[bytes] = []
     for turn in rollout.turns:
+        # What a later turn found in its cache, an earlier one has computed.
+        known, seen = len(experts), turn.completion.experts
+        experts = [seen[i] or (experts[i] if i < known else b"") for i in range(len(seen))]
         new = turn.prompt_ids[len(ids) :]
         assert turn.prompt_ids[: len(ids)] == tuple(ids), "a turn does not extend the one before"
         # A policy that forces nothing may leave `forced` empty.
@@ -165,6 +172,7 @@ def _sample(rollout: Rollout, advantage: float, reward: float, prompt: int) -> S
         old_logprobs=tuple(logprobs),
         advantage=advantage,
         reward=reward,
+        experts=tuple(experts),
         prompt=prompt,
     )
 
@@ -182,6 +190,8 @@ class PolicyBatch:
     """[M] int64: which sample of this batch."""
     mismatch: Tensor | None
     """[M] fp32, where the samples have a correction."""
+    experts: Tensor | None
+    """[T, L * K] int64, where the samples have recorded ones; -1 where a token has not."""
 
 
 def pack_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") -> PolicyBatch:
@@ -201,4 +211,18 @@ def pack_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") 
         advantages=torch.tensor(advantages, device=device),
         sample_index=index.to(device),
         mismatch=torch.tensor(mismatch, device=device) if mismatch else None,
+        experts=_pack_experts(samples, device),
     )
+
+
+def _pack_experts(samples: Sequence[Sample], device: torch.device | str) -> Tensor | None:
+    width = max((len(row) for sample in samples for row in sample.experts), default=0)
+    if not width:
+        return None
+    free = (-1,) * width
+    rows = [
+        tuple(row) or free
+        for sample in samples
+        for row in sample.experts or (b"",) * (len(sample.token_ids) - 1)
+    ]
+    return torch.tensor(rows, device=device)

@@ -51,6 +51,9 @@ class RLConfig:
     take_window_share: float = 0.3
     """With "recompute" and "keep": of the groups under way, the share of the oldest among which
     who finishes first is taken first."""
+    replay_experts: bool = False
+    """The engine records which experts tokens went to, and the trainer sends them there again:
+    what routers disagree on is then no difference between the two."""
     env_timeout_s: float | None = 600.0
     """What one call of an environment may take before its rollout counts as failed; None: all."""
     dynamic_sampling: bool = True

@@ -38,7 +38,8 @@ def train_rl_locally(
     """`train_rl` on one machine; returns the last checkpoint."""
     # While rollouts run ahead the engine needs weights that are not being trained.
     played = deepcopy(model) if config.max_staleness else model
-    llm = LLM(played, tokenizer=tokenizer, config=EngineConfig(max_num_seqs=max_num_seqs))
+    engine = EngineConfig(max_num_seqs=max_num_seqs, record_experts=config.replay_experts)
+    llm = LLM(played, tokenizer=tokenizer, config=engine)
     policy = llm.policy
     in_flight = "keep" if config.in_flight == "keep" else "recompute"
     return asyncio.run(

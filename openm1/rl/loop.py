@@ -24,7 +24,7 @@ from openm1.rl.queue import Entry, RolloutQueue, group_player
 from openm1.rl.record import write_rollouts
 from openm1.rl.stages import WindowState, advance, late_grad_norm, late_loss, window_tokens
 from openm1.rl.tasks import TaskStream
-from openm1.rl.update import UpdatePlan, update_policy
+from openm1.rl.update import UpdatePlan, measure_agreement, update_policy
 from openm1.train.checkpoint import RunFolder
 from openm1.train.optim import make_optimizer
 from openm1.train.supervised import resume
@@ -107,7 +107,7 @@ class _Run:
         self.optimizer = make_optimizer(model.parameters(), config.optimizer)
         self.window = WindowState()
         self.vocab_size = chat_format.tokenizer.vocab_size
-        tasks = TaskStream(mixture)
+        self.tasks = tasks = TaskStream(mixture)
         self.critic = None if config.critic is None else CriticTrainer(model, config.critic)
         self.kept: dict[str, Stateful] = {"tasks": tasks, **stateful}
         if self.critic is not None:
@@ -138,6 +138,7 @@ class _Run:
         config = self.config
         began = time.perf_counter()
         self.weights.load_weights(self.model.named_parameters(), version=step)
+        self.tasks.begin_step(step)
         # Only now there are weights to play them with.
         self.queue.load_state(self._waiting, version=step)
         self._waiting = []
@@ -148,9 +149,13 @@ class _Run:
         metrics = rollout_metrics(groups) | signal_metrics(groups, config.batch, tokens)
         metrics |= {"rollout/window_tokens": tokens} | staleness_metrics(groups, step)
         assert metrics["rl/staleness_max"] <= config.max_staleness, "the queue broke its bound"
-        samples = _samples(entries, config)
+        metrics |= self.tasks.observe(groups)
+        samples = _samples(entries, config, every=not config.dynamic_sampling)
         if samples:
             metrics |= await self._update(step, samples)
+        elif unused := _samples(entries, config, every=True):
+            plan = _plan(config, step, self.window, self.vocab_size)
+            metrics |= measure_agreement(self.model, unused, plan)
         metrics |= _times(sampled - began, time.perf_counter() - sampled, groups, samples)
         if config.in_flight == "wait":
             await self.queue.settle()
@@ -180,11 +185,9 @@ class _Run:
         return metrics | update_policy(self.model, self.optimizer, samples, plan, rng)
 
 
-def _samples(entries: list[Entry], config: RLConfig) -> list[Sample]:
-    """What a step learns from."""
-    taught = [
-        e for e in entries if has_signal(e.group, config.batch) or not config.dynamic_sampling
-    ]
+def _samples(entries: list[Entry], config: RLConfig, *, every: bool) -> list[Sample]:
+    """Those of groups with a signal, or of every group."""
+    taught = [entry for entry in entries if every or has_signal(entry.group, config.batch)]
     return [
         sample
         for number, entry in enumerate(taught)

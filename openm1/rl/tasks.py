@@ -64,11 +64,27 @@ class TaskStream:
         passed = [group.task for group in groups if pass_rate(group) >= rate]
         self.retired.update(map(_prompt_hash, passed))
 
+    def begin_step(self, step: int) -> None:
+        """What is drawn from now on is for that step or a later one."""
+        self.mixture.begin_step(step)
+
+    def observe(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Tells the mixture how a step's tasks were passed; returns its metrics."""
+        for group in groups:
+            if any(rollout.error is None for rollout in group.rollouts):
+                self.mixture.observe(group.task, pass_rate(group))
+        return self.mixture.metrics()
+
     def state(self) -> dict[str, Any]:
-        return {"cursor": self.cursor, "retired": sorted(self.retired)}
+        return {
+            "cursor": self.cursor,
+            "retired": sorted(self.retired),
+            "mixture": self.mixture.state(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.cursor, self.retired = state["cursor"], set(state["retired"])
+        self.mixture.load_state(state["mixture"])
 
 
 def _prompt_hash(task: Task) -> int:

@@ -90,6 +90,15 @@ def update_policy(
     return metrics | means | extremes | _allowed_weights(plan) | counts
 
 
+def measure_agreement(
+    model: M1ForCausalLM, samples: Sequence[Sample], plan: UpdatePlan
+) -> dict[str, float]:
+    """For a step without an update: agreement on one forward pass of samples."""
+    first = split_by_tokens(samples, plan.max_tokens)[0]
+    trainer = torch.cat(recompute_logprobs(model, first, plan))
+    return agreement_metrics(trainer, _old_logprobs(first))
+
+
 def _allowed_weights(plan: UpdatePlan) -> dict[str, float]:
     """The interval that clip and mismatch leave to a weight; an upper end that is not there is not
     given.
@@ -114,9 +123,13 @@ def _anchored(sample: Sample, trainer: torch.Tensor, mismatch_cap: float | None)
 
 
 def _score(model: M1ForCausalLM, batch: PolicyBatch, plan: UpdatePlan) -> TokenScores:
-    """As the sampler saw it: the same temperature, the same vocabulary."""
+    """As the sampler saw it: the same temperature, vocabulary and, where recorded, experts."""
     return score_tokens(
-        model, batch.packed, temperature=plan.temperature, vocab_size=plan.vocab_size
+        model,
+        batch.packed,
+        temperature=plan.temperature,
+        vocab_size=plan.vocab_size,
+        experts=batch.experts,
     )
 
 

@@ -25,8 +25,9 @@ async def within(seconds: float | None, call: Coroutine[Any, Any, T], name: str)
     """
     if seconds is None:
         return await call
+    limit = asyncio.timeout(seconds)
     try:
-        async with asyncio.timeout(seconds) as limit:
+        async with limit:
             return await _Stepwise(call, seconds)
     except TimeoutError as error:
         # The call's own TimeoutError is its own affair.
@@ -47,7 +48,7 @@ class _Stepwise:
         while True:
             try:
                 with _alarm(self.seconds):
-                    waited = step(value)  # pyright: ignore[reportArgumentType]
+                    waited = step(value)  # pyright: ignore
             except StopIteration as end:
                 return end.value
             try:

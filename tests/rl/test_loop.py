@@ -222,6 +222,8 @@ def test_groups_without_signal_are_dropped_only_by_dynamic_sampling(
     for row in read_metrics(folder.metrics):
         assert row["rollout/signal_share"] == 0.0
         assert ("rl/num_updates" in row) is updates
+        # Agreement is watched in every step, also where nothing is learned.
+        assert row["rl/probability_max_difference"] > 0
     assert (moved > 0) is updates
 
 
