@@ -207,6 +207,8 @@ class Task:
     prompt: tuple[Message, ...]
     answer: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[ToolSpec, ...] = ()
+    """Functions offered to the model; the environment carries the calls out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

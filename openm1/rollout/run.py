@@ -14,7 +14,16 @@ from openm1.chat.template import ChatFormat
 from openm1.envs.base import GraderError
 from openm1.protocols import Env, Policy, Taskset
 from openm1.rollout.patience import within
-from openm1.types import ErrorSource, Message, Rollout, RolloutGroup, SamplingParams, Task, Turn
+from openm1.types import (
+    ErrorSource,
+    Message,
+    Rollout,
+    RolloutGroup,
+    SamplingParams,
+    Task,
+    ToolSpec,
+    Turn,
+)
 
 MAX_TURNS = 40
 """The report's limit on interaction steps (arXiv 2506.13585, section 6)."""
@@ -66,7 +75,7 @@ async def run_rollout(
     try:
         env = taskset.make_env(task)
         messages = await within(env_timeout_s, env.start(), "start of the environment")
-        prompt_ids = chat_format.encode(messages)
+        prompt_ids = chat_format.encode(messages, task.tools)
         for number in range(MAX_TURNS):
             source = "policy"
             completion = await policy.generate(prompt_ids, _turn_params(params, number))
@@ -81,7 +90,9 @@ async def run_rollout(
             # Tokens are appended, never rendered again: what was sampled is what is trained on.
             past = [*prompt_ids, *completion.token_ids]
             messages = [*messages, reply]
-            prompt_ids = past + _ids_after_reply(chat_format, messages, result.messages, past[-1])
+            prompt_ids = past + _ids_after_reply(
+                chat_format, messages, result.messages, past[-1], task.tools
+            )
             messages += result.messages
         error = f"not done after {MAX_TURNS} turns"
         return Rollout(task=task, turns=tuple(turns), error=error, error_source="env")
@@ -111,15 +122,19 @@ def _turn_params(params: SamplingParams, number: int) -> SamplingParams:
 
 
 def _ids_after_reply(
-    chat_format: ChatFormat, before: Sequence[Message], new: Sequence[Message], last_id: int
+    chat_format: ChatFormat,
+    before: Sequence[Message],
+    new: Sequence[Message],
+    last_id: int,
+    tools: Sequence[ToolSpec],
 ) -> list[int]:
     """What follows a reply in the prompt of the next turn: `new`, and the start of another reply.
 
     `before` ends with the reply and `last_id` is its last token; a reply that was cut short gets
     the end token it lacks. Raises ValueError where the format rewrites the past.
     """
-    old, mask = chat_format.encode_with_mask(before)
-    whole = chat_format.encode([*before, *new])
+    old, mask = chat_format.encode_with_mask(before, tools)
+    whole = chat_format.encode([*before, *new], tools)
     if whole[: len(old)] != old:
         raise ValueError("the chat format changes earlier turns when new messages come")
     end = len(mask) - mask[::-1].index(True)
