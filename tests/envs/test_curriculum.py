@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from openm1.envs.base import prompt_text
+from openm1.envs.catalog import make_levels
 from openm1.envs.chain import ChainConfig, ChainTaskset
 from openm1.envs.curriculum import Course, Curriculum, CurriculumConfig, keep_learnable
 from openm1.envs.hop import HopTaskset
@@ -110,3 +111,14 @@ def test_what_is_no_curriculum_is_refused():
         CurriculumConfig(general_from_step=5, general_until_step=4)
     with pytest.raises(ValueError, match="raise_at is 0"):
         CurriculumConfig(raise_at=0)
+
+
+def test_levels_of_the_catalog_get_harder_and_keep_their_family():
+    chain, hop, other = (make_levels(name) for name in ("chain", "hop", "count_bits"))
+    assert len(other) == 1
+    longest = [
+        max(len(prompt_text(task).split()) - 1 for task in level.test(0, 40)) for level in chain
+    ]
+    assert longest == [2, 3, 4, 5, 6]
+    assert {level.name for level in chain + hop} == {"chain", "hop"}
+    assert len(hop) == 5
