@@ -17,15 +17,15 @@ from benchmarks.contestant import OURS
 from benchmarks.trl_peer import MARK
 from openm1.chat.template import chat_format_for
 from openm1.engine.llm import LLM
-from openm1.envs.base import prompt_text
-from openm1.envs.chain import ChainTaskset
+from openm1.envs.catalog import make_taskset
 from openm1.envs.mixture import Mixture
 from openm1.model.m1 import M1ForCausalLM
+from openm1.recipes import nano
 from openm1.rl.config import RLConfig
 from openm1.rl.local import train_rl_locally
 from openm1.rl.losses import CISPO
 from openm1.train.checkpoint import RunFolder
-from openm1.train.optim import AdamWConfig
+from openm1.train.schedule import Schedule
 
 if TYPE_CHECKING:
     from benchmarks.registry import Race
@@ -33,19 +33,10 @@ if TYPE_CHECKING:
 TRL_PYTHON = "OPENM1_TRL_PYTHON"
 """Environment variable: the interpreter of an environment that TRL is installed in."""
 TASKS_SEED = 7
-CONFIG = RLConfig(
-    num_steps=2,
-    num_prompts=16,
-    group_size=16,
-    num_updates=16,
-    max_response_tokens=32,
-    loss=CISPO(eps_is_high=4.0),
-    optimizer=AdamWConfig(learning_rate=1e-5),
-    # The same work in every step.
-    dynamic_sampling=False,
-    retire_pass_rate=None,
-    save_every_steps=10_000,
-)
+CHAIN = RLConfig(num_prompts=16, group_size=16, num_updates=16, max_response_tokens=32)
+"""Short replies: a dozen tokens."""
+NANO = nano.CISPO_RUN.rl
+"""The recipe that nano was made by: replies of up to 200 tokens."""
 
 
 class TrlPeer:
@@ -86,8 +77,20 @@ def nano_of_whole_rotation() -> LLM:
     return LLM(model, tokenizer=nano.tokenizer)
 
 
-def cispo_race(python: str, threads: int) -> Race:
+def cispo_race(python: str, families: tuple[str, ...], recipe: RLConfig, threads: int) -> Race:
     from benchmarks.registry import Race
+
+    config = replace(
+        recipe,
+        num_steps=2,
+        loss=CISPO(eps_is_high=4.0),
+        schedule=Schedule(),
+        # The same work in every step.
+        dynamic_sampling=False,
+        retire_pass_rate=None,
+        save_every_steps=10_000,
+    )
+    mixture = Mixture([make_taskset(name) for name in families], seed=TASKS_SEED)
 
     llm = nano_of_whole_rotation()
     tokenizer = llm.tokenizer
@@ -96,7 +99,8 @@ def cispo_race(python: str, threads: int) -> Race:
     llm.model.save_pretrained(folder.name, layout="transformers")
     tokenizer.save_pretrained(folder.name)
     peer = TrlPeer(python)
-    job = {"model": folder.name, "threads": threads or torch.get_num_threads()} | _trl_settings(llm)
+    job: dict[str, Any] = {"model": folder.name, "threads": threads or torch.get_num_threads()}
+    job |= _trl_settings(llm, mixture, config)
     peer.ask({"train": job})
     tokens: dict[str, float] = {}
 
@@ -111,14 +115,13 @@ def cispo_race(python: str, threads: int) -> Race:
         model = M1ForCausalLM(llm.model.config)
         model.load_state_dict(llm.model.state_dict())
         with tempfile.TemporaryDirectory() as path:
-            run = RunFolder.open(path, CONFIG)
-            mixture = Mixture([ChainTaskset()], seed=TASKS_SEED)
-            train_rl_locally(model, tokenizer, mixture, CONFIG, run, on_step=note)
+            run = RunFolder.open(path, config)
+            train_rl_locally(model, tokenizer, mixture, config, run, on_step=note)
         return ends[1] - ends[0]
 
     def theirs() -> float:
         done = peer.ask({"step": 1})
-        tokens["TRL"] = done["tokens"] / (CONFIG.num_prompts * CONFIG.group_size)
+        tokens["TRL"] = done["tokens"] / (config.num_prompts * config.group_size)
         return done["seconds"]
 
     def close() -> None:
@@ -127,7 +130,7 @@ def cispo_race(python: str, threads: int) -> Race:
         print("mean tokens of a reply: " + ", ".join(f"{k} {v:.1f}" for k, v in tokens.items()))
 
     # Nominal, the same for both: the ratio of rates is then that of seconds.
-    num_tokens = CONFIG.num_prompts * CONFIG.group_size * CONFIG.max_response_tokens
+    num_tokens = config.num_prompts * config.group_size * config.max_response_tokens
     return Race(
         num_tokens=num_tokens,
         contestants={OURS: ours, "TRL GRPOTrainer": theirs},
@@ -136,21 +139,18 @@ def cispo_race(python: str, threads: int) -> Race:
     )
 
 
-def _trl_settings(llm: LLM) -> dict[str, Any]:
+def _trl_settings(llm: LLM, mixture: Mixture, config: RLConfig) -> dict[str, Any]:
     assert llm.tokenizer is not None
     chat_format = chat_format_for(llm.tokenizer)
-    mixture = Mixture([ChainTaskset()], seed=TASKS_SEED)
     tasks = [mixture.task(i)[1] for i in range(2000)]
-    prompts = [llm.tokenizer.decode(chat_format.encode(task.prompt)) for task in tasks]
-    assert all(prompt_text(task) in prompt for task, prompt in zip(tasks, prompts, strict=True))
     return {
-        "prompts": prompts,
+        "prompts": [llm.tokenizer.decode(chat_format.encode(task.prompt)) for task in tasks],
         "answers": [task.answer for task in tasks],
-        "num_prompts": CONFIG.num_prompts,
-        "group_size": CONFIG.group_size,
-        "num_updates": CONFIG.num_updates,
-        "max_tokens": CONFIG.max_response_tokens,
-        "learning_rate": CONFIG.optimizer.learning_rate,
+        "num_prompts": config.num_prompts,
+        "group_size": config.group_size,
+        "num_updates": config.num_updates,
+        "max_tokens": config.max_response_tokens,
+        "learning_rate": config.optimizer.learning_rate,
         # A cap, where ours is an offset from 1.
         "cap": 5.0,
     }
