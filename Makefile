@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c 
 TORCH := $(shell grep '^torch==' constraints.txt)
 IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help setup smollm2 lint type format test test-clients bench docs demo clean
+.PHONY: help setup smollm2 lint type format test test-clients test-trl bench docs demo clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -42,6 +42,9 @@ test-clients: setup ## public clients in environments of their own, 2,000 made-u
 	$(BIN)/python -m tests.clients.run
 	OPENM1_OPENAPI_CASES=2000 $(BIN)/python -m pytest tests/server/test_openapi.py
 	$(BIN)/python -m pytest -m browser tests/server
+
+test-trl: setup ## CISPO's loss and gradient against TRL's, in an environment of its own
+	OPENM1_TRL_PYTHON=$$($(BIN)/python -m tests.clients.trl_environment) $(BIN)/python -m pytest tests/rl/test_trl.py
 
 bench: setup ## benchmarks, as a table
 	$(BIN)/python -m benchmarks.run $(ARGS)

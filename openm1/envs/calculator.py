@@ -72,7 +72,12 @@ class CalculatorTaskset(SingleTurnTaskset):
     def draw(self, rng: Random) -> Task:
         expression = draw_expression(rng)
         question = Message(role="user", content=f"calculate {expression}")
-        return Task(family=self.name, prompt=(question,), answer=calculate(expression))
+        return Task(
+            family=self.name,
+            prompt=(question,),
+            answer=calculate(expression),
+            tools=(CALCULATOR,),
+        )
 
     def think(self, task: Task) -> str:
         """Raises ValueError: these are for the tool."""
@@ -84,8 +89,6 @@ class CalculatorTaskset(SingleTurnTaskset):
 
 class CalculatorEnv(QuestionEnv):
     """Answers calls until the model answers the question."""
-
-    tools = (CALCULATOR,)
 
     async def step(self, reply: Message) -> StepResult:
         if not reply.tool_calls:

@@ -7,8 +7,8 @@ from functools import partial
 
 from openm1.envs.base import SingleTurnTaskset
 from openm1.envs.calculator import CalculatorTaskset
-from openm1.envs.chain import ChainTaskset
-from openm1.envs.hop import HopTaskset
+from openm1.envs.chain import ChainConfig, ChainTaskset
+from openm1.envs.hop import HopConfig, HopTaskset
 from openm1.envs.logic import REDUCED, THOUGHTS, LogicTaskset
 from openm1.envs.unknown import UnknownTaskset
 from openm1.envs.wordings import WORDINGS, RewordedTaskset
@@ -28,6 +28,17 @@ def make_taskset(name: str) -> Taskset:
         raise ValueError(f"taskset is {name!r}; allowed are {allowed}")
     taskset = TASKSETS[family]()
     return taskset if family == name else RewordedTaskset(taskset)
+
+
+def make_levels(name: str) -> list[Taskset]:
+    """The taskset at rising difficulty, where it has one that can be set; else as it is."""
+    if name == "chain":
+        most = ChainConfig().max_operations
+        return [ChainTaskset(ChainConfig(max_operations=n)) for n in range(2, most + 1)]
+    if name == "hop":
+        most = HopConfig().max_hops
+        return [HopTaskset(HopConfig(max_hops=n)) for n in range(1, most + 1)]
+    return [make_taskset(name)]
 
 
 TASKSETS: dict[str, Callable[[], SingleTurnTaskset]] = {

@@ -15,6 +15,11 @@ RECIPES: dict[str, dict[str, SupervisedRun | RLRun]] = {
         "sft": chain.COLD_START,
         "rl": chain.WINDOWS_RUN,
     },
+    "chain-curriculum": {
+        "pretrain": chain.PRETRAIN,
+        "sft": chain.COLD_START,
+        "rl": chain.CURRICULUM_RUN,
+    },
     "nano": {
         "drill": nano.DRILL,
         "pretrain": nano.PRETRAIN,
