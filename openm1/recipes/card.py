@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ CARD_FILE = "card.json"
 class Card:
     families: dict[str, dict[str, Any]]
     """Per family: difficulty, held-out results, chance."""
-    also: dict[str, dict[str, Any]]
-    """What else it was taught, measured in the same way: the honest no, the calculator."""
     examples: list[dict[str, str]]
     """Held-out questions with their answers: {"family", "question", "answer"}."""
     training: dict[str, Any]
+    also: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What else it was taught, measured in the same way: the honest no, the calculator."""
 
 
 def read_card(path_or_name: str | Path) -> Card:

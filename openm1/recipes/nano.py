@@ -1,4 +1,4 @@
-"""The shipped model: a nano M1 on chain, hop and families of reasoning-gym.
+"""The recipe of nano: chain, hop and families of reasoning-gym, each with worked thoughts.
 
 A drill teaches it to copy and to look up; pretraining shows every family's worked thought, some
 questions in a person's words. The cold start then shows two ways, the thought and the hasty answer,
@@ -19,8 +19,8 @@ from openm1.train.supervised import SupervisedConfig
 FOLDER = Path("runs/nano")
 
 FAMILIES = {
-    "chain": 0.08,
-    "hop": 0.12,
+    "chain": 0.16,
+    "hop": 0.2,
     "count_bits": 0.08,
     "spell_backward": 0.06,
     "letter_counting": 0.06,
@@ -86,7 +86,7 @@ PRETRAIN = SupervisedRun(
         calculator_share=0.01,
     ),
     train=SupervisedConfig(
-        num_steps=2700,
+        num_steps=9000,
         max_tokens=4096,
         optimizer=AdamWConfig(learning_rate=5e-3, matrices="muon"),
         schedule=Schedule(warmup_steps=20, decay_share=0.9),

@@ -9,12 +9,12 @@ from openm1.evals.run import EvalConfig, evaluate
 from openm1.model.config import PRESETS
 from openm1.model.hf import SHIPPED, read_config
 from openm1.recipes.card import read_card
-from openm1.recipes.nano import FAMILIES, SHAPE
-from openm1.recipes.ship import card_page
-from openm1.recipes.vocabulary import nano_tokenizer
 
 # The card promises 90 %; on 40 samples a model right 97 times in 100 drops below it once in 2,000.
 LOWEST_ACCURACY = 0.85
+
+
+FAMILIES = tuple(read_card("nano").families)
 
 
 @pytest.fixture(scope="module")
@@ -22,29 +22,17 @@ def llm() -> LLM:
     return LLM("nano")
 
 
-def test_preset_recipe_and_shipped_config_are_one():
-    assert SHAPE.config(nano_tokenizer()) == PRESETS["nano"] == read_config("nano")
+def test_preset_and_shipped_config_are_one():
+    assert PRESETS["nano"] == read_config("nano")
 
 
-def test_shipped_tokenizer_is_the_recipes(llm: LLM):
-    text = "2 +3 =5\nHow many 1 bits <think>(13)</think> a>f 5 hops"
-    assert llm.tokenizer is not None
-    assert llm.tokenizer.special_tokens == nano_tokenizer().special_tokens
-    for special in (False, True):
-        expected = nano_tokenizer().encode(text, allow_special=special)
-        assert llm.tokenizer.encode(text, allow_special=special) == expected
-
-
-def test_the_folder_is_small_and_its_page_is_its_cards():
+def test_the_folder_is_small():
     folder = SHIPPED["nano"]
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 12 * 2**20
-    assert (folder / "README.md").read_text() == card_page(read_card("nano"))
 
 
 def test_the_card_keeps_the_promise():
-    families = read_card("nano").families
-    assert set(families) == set(FAMILIES)
-    for family in families.values():
+    for family in read_card("nano").families.values():
         assert family["held_out"]["accuracy"] >= 0.9
 
 
