@@ -100,9 +100,7 @@ class ToolCallStream(CallLines[CallPart]):
         scan = ObjectScan()
         arguments, _ = scan.push(arguments)
         is_whole = scan.state == "whole"
-        return CallPart(
-            index=index, name=name, arguments=arguments, begins=True, is_whole=is_whole
-        )
+        return CallPart(index=index, name=name, arguments=arguments, begins=True, is_whole=is_whole)
 
 
 def _read_name(quoted: str) -> str | None:

@@ -157,7 +157,9 @@ class FunctionSpec(Body):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = Field(
-        None, description="No effect with tool_choice auto; a required call always fits its schema."
+        None,
+        description="Arguments fit the schema with tool_choice auto too; those of a required call "
+        "always do.",
     )
 
 

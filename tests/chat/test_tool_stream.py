@@ -68,8 +68,8 @@ def test_how_the_text_arrives_changes_nothing(data, text: str) -> None:
 
 
 def test_arguments_leave_as_they_are_written() -> None:
-    text = f'<tool_calls>\n{{"name": "f", "arguments": {{"a": "xyz", "b": 12}}}}\n{LINE}\n</tool_calls>'
-    items = streamed(list(text))
+    line = '{"name": "f", "arguments": {"a": "xyz", "b": 12}}'
+    items = streamed(list(f"{TOOL_CALLS_OPEN}\n{line}\n{LINE}\n{TOOL_CALLS_CLOSE}"))
     first = [item for item in items if isinstance(item, CallPart) and item.index == 0]
     assert first[0].begins and first[0].name == "f" and first[0].arguments == ""
     # All characters on their own but the number, which is sure with the brace behind it.
@@ -86,7 +86,7 @@ def test_arguments_leave_as_they_are_written() -> None:
         ('{"name": "f", "arguments": {"a": 12', "", '{"a": '),
         ('{"name": "f", "arguments": {', "", "{"),
         # Broken: what follows is text.
-        ('{"name": "f", "arguments": {"a": 1e999}}\n', '1e999}}', '{"a": '),
+        ('{"name": "f", "arguments": {"a": 1e999}}\n', "1e999}}", '{"a": '),
         ('{"name": "f", "arguments": {"a": NaN}}\n', "NaN}}", '{"a": '),
         ('{"name": "f", "arguments": {"a": "\n"}}', '"}}', '{"a": "'),
     ],

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -16,6 +16,7 @@ from openm1.engine.llm import LLM
 from openm1.server.app import build_app, serving_of
 from openm1.server.config import ServerConfig
 from openm1.server.run import DrainingServer, listen
+from openm1.server.served import StreamingPolicy
 from openm1.server.serving import Serving
 
 # Nothing here takes long; this only keeps a test that hangs from hanging.
@@ -66,9 +67,17 @@ def chat_body(content: str = QUESTION, **fields: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def running(llm: LLM, *, context_tokens: int | None = None, **config: Any) -> Iterator[Running]:
+def running(
+    llm: LLM,
+    *,
+    context_tokens: int | None = None,
+    policy: StreamingPolicy | None = None,
+    **config: Any,
+) -> Iterator[Running]:
+    """`policy` writes in the place of the model."""
     config = ServerConfig(port=0, **config)
-    app = build_app(served_model(llm, "nano", context_tokens=context_tokens), config)
+    served = served_model(llm, "nano", context_tokens=context_tokens)
+    app = build_app(replace(served, policy=policy or served.policy), config)
     listener = listen(config)
     server = DrainingServer(app, config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
