@@ -58,8 +58,9 @@ class EnginePolicy:
     """`protocols.Policy` and `protocols.WeightSink` over an embedded engine.
 
     Requests made in one pass of the event loop are batched together. Cancelling a caller aborts its
-    request as soon as the running step ends. An error of the engine ends every request that is
-    waiting for it, and the next ones are served. The engine is touched by the worker thread alone,
+    request as soon as the running step ends. A request that fails alone raises RequestFailed for
+    its caller; an error of the engine ends every request that is waiting for it, and the next ones
+    are served. The engine is touched by the worker thread alone,
     so the event loop stays free while it computes.
     """
 
@@ -280,6 +281,9 @@ class EnginePolicy:
         request = caller.request
         if caller.over or request is None:
             return []
+        if request.error is not None:
+            caller.over = True
+            return [request.error]
         news: list[Event] = []
         is_due = is_due or caller.num_shown == 0 or request.finish_reason is not None
         num_tokens = len(request.output_ids)

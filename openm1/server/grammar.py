@@ -168,7 +168,7 @@ def _call_rules(tools: Sequence[ToolSpec], parallel: bool) -> list[str]:
     """Rules for `calls`: what stands behind the tag that opens a block of them."""
     names = " | ".join(f"call{i}" for i in range(len(tools)))
     most = MAX_PARALLEL_CALLS if parallel else 1
-    rules = [f'calls: call{{1,{most}}} "\n{TOOL_CALLS_CLOSE}"', f'call: "\n" ({names})']
+    rules = [f'calls: call{{1,{most}}} "\\n{TOOL_CALLS_CLOSE}"', f'call: "\\n" ({names})']
     for i, tool in enumerate(tools):
         head = json.dumps({"name": tool.name})[:-1] + ', "arguments": '
         # Arguments are an object in any case, and in the style the tool parser writes.

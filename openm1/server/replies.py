@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from openm1.chat.thinking import Part, ThoughtSplitter
 from openm1.chat.tokenizer import StreamDecoder, Tokenizer
 from openm1.chat.tool_stream import CallPart, ToolCallStream
+from openm1.engine.request import RequestFailed
 from openm1.engine.stopping import StopCutter
 from openm1.server.errors import ApiError, bad_request
 from openm1.server.gate import Gate
@@ -245,7 +246,8 @@ class ReplyWriter:
     ) -> AsyncGenerator[Item, None]:
         """Pieces as they come where the order streams, and the `Reply` last.
 
-        Closing the iterator gives the request up. Raises ApiError for what the engine refuses.
+        Closing the iterator gives the request up. Raises ApiError for what the engine refuses, or
+        cannot go on with.
         """
         timing = Timing()
         ledger = _Ledger(self, key, endpoint, len(order.prompt_ids), timing)
@@ -264,6 +266,10 @@ class ReplyWriter:
             except ValueError as error:
                 ledger.close("refused")
                 raise _refusal(error) from error
+            except RequestFailed as error:
+                ledger.close("failed")
+                _LOG.error("%s %s: %s", key, endpoint, error)
+                raise ApiError(500, str(error), code="request_failed") from error
             finally:
                 ledger.close("abort")
 
@@ -331,8 +337,8 @@ class _Ledger:
             self.is_closed = True
             self._write(completion)
 
-    def close(self, reason: Literal["abort", "refused"]) -> None:
-        """For a reply that did not reach its end; what was refused has cost nothing."""
+    def close(self, reason: Literal["abort", "refused", "failed"]) -> None:
+        """For a reply that did not reach its end; only what a client gave up is to be paid."""
         if self.is_closed:
             return
         self.is_closed = True

@@ -10,7 +10,9 @@ import time
 
 import httpx
 import pytest
+import torch
 
+from openm1.engine.config import EngineConfig
 from openm1.engine.llm import LLM
 
 from .running import ANSWER, PATIENCE_S, QUESTION, Running, chat_body, running, wait_until
@@ -313,3 +315,32 @@ def test_paths_and_methods_that_are_not_there(server: Running) -> None:
     refused(server.get("/nowhere"), 404, "not_found")
     refused(server.get(CHAT), 405, "method_not_allowed")
     assert server.get("/v1/messages").json()["type"] == "error"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("anthropic", [False, True])
+def test_a_request_with_bad_logits_fails_alone(stream: bool, anthropic: bool) -> None:
+    """One token of its prompt is NaN; those beside it are read and written as ever."""
+    own = LLM("nano", config=EngineConfig(memory_budget_bytes=2**28))
+    (poison,) = own.tokenizer.encode("~")
+    with torch.no_grad():
+        own.model.model.embed_tokens.weight[poison] = torch.nan
+    path = "/v1/messages" if anthropic else CHAT
+    with running(own) as server:
+        expected = server.chat(ignore_eos=True, max_tokens=400)["choices"][0]["message"]
+        replies: list[dict] = []
+
+        def ask() -> None:
+            replies.append(server.chat(ignore_eos=True, max_tokens=400)["choices"][0]["message"])
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: server.llm.engine.memory.num_running >= 1)
+        reply = server.post(path, chat_body("4 ~9", stream=stream, max_tokens=30))
+        error = refused(reply, 500, "request_failed")
+        assert "logits" in error
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert replies == [expected] * 4
+        server.check_idle()
