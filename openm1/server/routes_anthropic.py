@@ -31,13 +31,10 @@ def anthropic_routes(serving: Serving) -> APIRouter:
         key_name(request.headers, config)
         orders, thinking = desk.chat(as_chat(body))
         num_prompt_tokens = len(orders[0].prompt_ids)
-        if not body.stream:
-            return await serving.answer(
-                request, orders, lambda replies: anthropic_message(replies[0], served, thinking)
-            )
-        return await serving.stream(
+        return await serving.respond(
             request,
             orders,
+            lambda replies: anthropic_message(replies[0], served, thinking),
             lambda items: message_events(items, served, thinking, num_prompt_tokens),
             anthropic=True,
         )
