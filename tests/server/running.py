@@ -39,12 +39,13 @@ class Running:
     serving: Serving
     llm: LLM
     server: DrainingServer
+    client: httpx.Client
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
-        return httpx.post(self.address + path, json=body, headers=headers, timeout=PATIENCE_S)
+        return self.client.post(path, json=body, headers=headers)
 
     def get(self, path: str, **headers: str) -> httpx.Response:
-        return httpx.get(self.address + path, headers=headers, timeout=PATIENCE_S)
+        return self.client.get(path, headers=headers)
 
     def chat(self, **fields: Any) -> dict[str, Any]:
         reply = self.post("/v1/chat/completions", chat_body(**fields))
@@ -85,7 +86,12 @@ def running(
     try:
         wait_until(lambda: server.started)
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        yield Running(address=address, serving=serving_of(app), llm=llm, server=server)
+        # To make a client takes longer than most requests; each still has a connection of its own.
+        alone = httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(base_url=address, timeout=PATIENCE_S, limits=alone) as client:
+            yield Running(
+                address=address, serving=serving_of(app), llm=llm, server=server, client=client
+            )
     finally:
         server.drain()
         thread.join(PATIENCE_S)
