@@ -224,6 +224,24 @@ def test_a_call_that_is_not_whole_may_be_sent_back(server: Running, policy) -> N
     assert send("[1]").status_code == 400
 
 
+def test_a_reply_that_fails_midway_ends_with_an_error(chat, claude, policy, monkeypatch) -> None:
+    policy.reply = REPLY
+    monkeypatch.setattr(policy, "fails_after", num_tokens(policy) - 20)
+    chunks = chat.chat.completions.create(
+        model="nano", messages=USER, tools=CHAT_TOOLS, stream=True
+    )
+    with pytest.raises(openai.APIError, match="no logits") as caught:
+        list(chunks)
+    assert caught.value.code == "request_failed"
+    with (
+        pytest.raises(anthropic.APIError, match="no logits"),
+        claude.messages.stream(model="nano", max_tokens=4096, messages=USER) as events,
+    ):
+        list(events)
+    with pytest.raises(openai.InternalServerError, match="no logits"):
+        chat.chat.completions.create(model="nano", messages=USER)
+
+
 def test_without_tools_a_block_is_text(server: Running, policy: ScriptedPolicy) -> None:
     policy.reply = REPLY
     reply = server.chat(max_tokens=4096)
