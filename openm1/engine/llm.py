@@ -184,11 +184,8 @@ class LLM:
         aborts the request.
         """
         params = params or SamplingParams()
-        ids = self.chat_format.encode(messages, tools, add_generation_prompt=True)
-        # The next turn may leave out the thought that follows here, and then differs from this one
-        # behind the conversation so far.
-        so_far = self.chat_format.encode(messages, tools, add_generation_prompt=False)
-        marks = (len(so_far),) if ids[: len(so_far)] == so_far else ()
+        ids, so_far = self.chat_format.encode_prompt(messages, tools)
+        marks = () if so_far is None else (so_far,)
         request = self._submit(ids, params, snapshot_at=marks)
         try:
             yield from self._stream_pieces(request, on_progress)

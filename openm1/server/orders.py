@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import from_json
 
+from openm1.chat.format import ChatFormat
 from openm1.chat.wire import messages_from_json, tools_from_json
 from openm1.engine.seeds import child_seed
 from openm1.server.config import ServerConfig
@@ -42,9 +43,7 @@ class Desk:
         thinking = thinking_of(request, self.config)
         tools = self._tools(request.tools)
         choice = request.tool_choice or ("auto" if tools else "none")
-        prompt_ids, snapshot_at = self.prompt(
-            request.messages, tools if choice != "none" else (), add_generation_prompt=True
-        )
+        prompt_ids, snapshot_at = self.prompt(request.messages, tools if choice != "none" else ())
         grammar = answer_grammar(request, choice, tools, self.served.tokenizer, self.config)
         params = self._params(
             request,
@@ -104,31 +103,24 @@ class Desk:
         return orders
 
     def prompt(
-        self,
-        messages: Sequence[BaseModel],
-        tools: Sequence[ToolSpec],
-        *,
-        add_generation_prompt: bool,
+        self, messages: Sequence[BaseModel], tools: Sequence[ToolSpec]
     ) -> tuple[list[int], tuple[int, ...]]:
         """A conversation's ids, and where the next turn's prompt may leave this one."""
-        conversation = read_messages(messages)
-        encode = self.chat_format_encode
-        ids = encode(conversation, tools, add_generation_prompt)
-        so_far = encode(conversation, tools, False)
-        return ids, (len(so_far),) if ids[: len(so_far)] == so_far else ()
+        chat_format, conversation = self.chat_format, read_messages(messages)
+        try:
+            ids, so_far = chat_format.encode_prompt(conversation, tools)
+        except ValueError as error:
+            raise bad_request(str(error), "messages") from error
+        return ids, () if so_far is None else (so_far,)
 
-    def chat_format_encode(
-        self, messages: Sequence[Message], tools: Sequence[ToolSpec], generate: bool
-    ) -> list[int]:
+    @property
+    def chat_format(self) -> ChatFormat:
         if self.served.chat_format is None:
             raise bad_request(
                 f"{self.served.name} has no chat template; allowed is /v1/completions",
                 code="no_chat_template",
             )
-        try:
-            return self.served.chat_format.encode(messages, tools, add_generation_prompt=generate)
-        except ValueError as error:
-            raise bad_request(str(error), "messages") from error
+        return self.served.chat_format
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.served.name:

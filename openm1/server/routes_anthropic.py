@@ -48,7 +48,7 @@ def anthropic_routes(serving: Serving) -> APIRouter:
         desk.check_model(body.model)
         chat = as_chat(body)
         tools = [] if chat.tool_choice == "none" else read_tools(chat.tools, config)
-        ids, _ = desk.prompt(chat.messages, tools, add_generation_prompt=True)
+        ids, _ = desk.prompt(chat.messages, tools)
         counted: dict[str, Any] = {"input_tokens": len(ids)}
         return JSONResponse(counted)
 

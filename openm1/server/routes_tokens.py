@@ -47,11 +47,10 @@ def token_routes(serving: Serving) -> APIRouter:
         """The text of the prompt that a conversation becomes."""
         key_name(request.headers, config)
         desk.check_model(body.model)
-        if served.chat_format is None:
-            raise bad_request("this model has no chat template", code="no_chat_template")
+        chat_format = desk.chat_format
         conversation, tools = read_messages(body.messages), read_tools(body.tools, config)
         try:
-            text = served.chat_format.render(conversation, tools, body.add_generation_prompt)
+            text = chat_format.render(conversation, tools, body.add_generation_prompt)
         except ValueError as error:
             raise bad_request(str(error), "messages") from error
         return JSONResponse({"prompt": text})
@@ -62,14 +61,13 @@ def token_routes(serving: Serving) -> APIRouter:
 def _ids(serving: Serving, body: TokenizeRequest) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("give either prompt or messages", "prompt")
-    if body.messages is not None:
-        tools = read_tools(body.tools, serving.config)
-        generate = body.add_generation_prompt
-        ids, _ = serving.desk.prompt(body.messages, tools, add_generation_prompt=generate)
-        return ids
     try:
-        return serving.served.tokenizer.encode(
-            body.prompt or "", allow_special=body.add_special_tokens
-        )
+        if body.messages is None:
+            return serving.served.tokenizer.encode(
+                body.prompt or "", allow_special=body.add_special_tokens
+            )
+        conversation = read_messages(body.messages)
+        tools = read_tools(body.tools, serving.config)
+        return serving.desk.chat_format.encode(conversation, tools, body.add_generation_prompt)
     except ValueError as error:
-        raise bad_request(str(error), "prompt") from error
+        raise bad_request(str(error), "prompt" if body.messages is None else "messages") from error

@@ -46,7 +46,7 @@ class Serving:
     ) -> Response:
         """All replies at once, as `whole` puts them, or as events, as `chunks` does, where the
         orders stream. What is refused is refused before a 200."""
-        key, endpoint = key_name(request.headers, self.config), request.url.path
+        key, endpoint = key_name(request.headers, self.config), request.scope["path"]
         with ExitStack() as place:
             place.enter_context(self.gate.admit(key, len(orders)))
             if not orders[0].streams:

@@ -47,8 +47,8 @@ def make_environment(name: str, client: Client) -> None:
         return
     if client.script.endswith(".py"):
         venv.create(folder, with_pip=True, clear=True)
-        install = [folder / "bin" / "python", "-m", "pip", "install", "-q", *client.packages]
-        subprocess.run(install, check=True)
+        install = [folder / "bin" / "python", "-m", "pip", "install", "-q", "--no-compile"]
+        subprocess.run([*install, *client.packages], check=True)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
