@@ -1,7 +1,7 @@
 // The npm package `ai` against a server: text with its thought, streaming, tools in steps, a form.
 import assert from "node:assert/strict";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { generateObject, generateText, stepCountIs, streamText, tool } from "ai";
+import { generateText, Output, stepCountIs, streamText, tool } from "ai";
 import { z } from "zod";
 
 const provider = createOpenAICompatible({
@@ -47,12 +47,15 @@ const steps = await generateText({
 assert.ok(asked.length > 0 && asked.every((a) => a >= 0 && a <= 9));
 assert.equal(steps.steps.length, 2);
 
-const calls = streamText({ ...options, tools: { add }, toolChoice: "required" });
+// Longer than what a stream hands over at once.
+const tell = tool({ description: "Tells.", inputSchema: z.object({ text: z.string().min(400).max(420) }) });
+const calls = streamText({ ...options, tools: { tell }, toolChoice: "required" });
 let deltas = 0;
 for await (const part of calls.fullStream) deltas += part.type === "tool-input-delta";
 assert.ok(deltas > 2, "the arguments came in one piece");
-assert.ok((await calls.toolCalls).length > 0);
+assert.equal((await calls.toolCalls)[0].input.text.length >= 400, true);
 
-const { object } = await generateObject({ ...options, schema: z.object({ a: z.number().int().min(0).max(9) }) });
-assert.ok(object.a >= 0 && object.a <= 9);
+const schema = z.object({ a: z.number().int().min(0).max(9) });
+const { output } = await generateText({ ...options, output: Output.object({ schema }) });
+assert.ok(output.a >= 0 && output.a <= 9);
 console.log("npm ai: text, thought, stream, tools in two steps, object");

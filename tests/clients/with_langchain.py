@@ -14,6 +14,15 @@ ADD = {
     "required": ["a"],
     "additionalProperties": False,
 }
+# Longer than what a stream hands over at once.
+TELL = {
+    "title": "tell",
+    "description": "Tells.",
+    "type": "object",
+    "properties": {"text": {"type": "string", "minLength": 400, "maxLength": 420}},
+    "required": ["text"],
+    "additionalProperties": False,
+}
 
 
 def model(**more) -> ChatOpenAI:
@@ -31,11 +40,13 @@ assert "".join(chunk.content for chunk in chunks) == "8" and len(chunks) > 3, ch
 bound = model().bind_tools([ADD], tool_choice="any", parallel_tool_calls=False)
 (call,) = bound.invoke(QUESTION).tool_calls
 assert call["name"] == "add" and call["args"]["a"] in range(10), call
+bound = model().bind_tools([TELL], tool_choice="any", parallel_tool_calls=False)
+(call,) = bound.invoke(QUESTION).tool_calls
 whole, num_chunks = None, 0
 for chunk in bound.stream(QUESTION):
     whole = chunk if whole is None else whole + chunk
     num_chunks += bool(chunk.tool_call_chunks)
-assert [(c["name"], c["args"]) for c in whole.tool_calls] == [("add", call["args"])], whole
+assert [(c["name"], c["args"]) for c in whole.tool_calls] == [("tell", call["args"])], whole
 assert num_chunks > 2, "the arguments came in one piece"
 
 for method in ("json_schema", "function_calling"):
