@@ -43,12 +43,14 @@ def test_the_document_names_every_path(server: Running) -> None:
 def test_requests_made_from_the_document(server: Running) -> None:
     """All of schemathesis's checks: no 5xx, replies as documented, bad requests refused."""
     phases = "coverage,fuzzing" if NUM_CASES > FEW else "fuzzing"
-    num_operations = sum(map(len, server.get("/openapi.json").json()["paths"].values()))
+    # Without a body there is next to nothing to vary.
+    paths = server.get("/openapi.json").json()["paths"].values()
+    num_bodies = sum("requestBody" in operation for path in paths for operation in path.values())
     command = [
         str(Path(sys.executable).parent / "schemathesis"),
         *("--config-file", str(Path(__file__).with_name("schemathesis.toml"))),
         *("run", server.address + "/openapi.json", "--checks", "all", "--no-color"),
-        *("--phases", phases, "--max-examples", str(-(-NUM_CASES // num_operations))),
+        *("--phases", phases, "--max-examples", str(-(-NUM_CASES // num_bodies))),
         *("--header", "Authorization: Bearer admin", "--seed", "1", "--continue-on-failure"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
