@@ -82,7 +82,7 @@ def test_whole_is_what_python_reads_and_broken_can_be_nothing_more(tail: str) ->
         ('{"a" 1}', '{"a" '),
         ("{1: 2}", "{"),
         ('{"a": [1}', '{"a": [1'),
-        ('{"a": tru}', '{"a": '),
+        ('{"a": True}', '{"a": '),
         ("[1]", ""),
     ],
 )
