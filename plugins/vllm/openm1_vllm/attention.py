@@ -69,7 +69,8 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
     def __init__(self, kv_cache_spec, layer_names, vllm_config: VllmConfig, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # CUDA graphs of decode steps read the pages from here.
-        limit = vllm_config.scheduler_config.max_num_seqs
+        graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        limit = max(vllm_config.scheduler_config.max_num_seqs, graph)
         self._pages = torch.full((limit,), PAD_SLOT_ID, dtype=torch.int32, device=device)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata):
@@ -84,7 +85,7 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
     ) -> LightningMetadata:
         batch = common_attn_metadata
         # A prompt of one token is no decode: the page it was given holds another's state.
-        num_decodes, num_others, num_decode_tokens, _ = split_decodes_and_prefills(
+        num_decodes, *_ = split_decodes_and_prefills(
             batch, decode_threshold=1, treat_short_extends_as_decodes=False
         )
         pages = mamba_get_block_table_tensor(
@@ -93,13 +94,15 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
             self.kv_cache_spec,
             self.vllm_config.cache_config.mamba_cache_mode,
         )[:, 0]
-        if num_others == 0:
+        # Rows without tokens, at the end, are padding.
+        lengths = [n for n in torch.diff(batch.query_start_loc_cpu[num_decodes:]).tolist() if n]
+        if not lengths:
             return LightningMetadata(num_decodes, self._graph_pages(pages, batch), None, None)
-        lengths = torch.diff(batch.query_start_loc_cpu[num_decodes:]).tolist()
-        past = (batch.seq_lens - torch.diff(batch.query_start_loc))[num_decodes:]
+        others = slice(num_decodes, num_decodes + len(lengths))
+        past = (batch.seq_lens - torch.diff(batch.query_start_loc))[others]
         return LightningMetadata(
             num_decodes=num_decodes,
-            pages=pages,
+            pages=pages[: others.stop],
             layout=PackedLayout(lengths, pages.device),
             has_state=(past > 0)[:, None, None, None],
         )
@@ -107,8 +110,8 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
     def _graph_pages(self, pages: torch.Tensor, batch: CommonAttentionMetadata) -> torch.Tensor:
         """A view of a buffer that never moves; rows of padding have no tokens."""
         count = len(pages)
-        empty = torch.diff(batch.query_start_loc[: count + 1]) == 0
-        self._pages[:count] = pages.masked_fill(empty, PAD_SLOT_ID)
+        padding = torch.diff(batch.query_start_loc[: count + 1]) == 0
+        self._pages[:count] = pages.masked_fill(padding, PAD_SLOT_ID)
         return self._pages[:count]
 
 
