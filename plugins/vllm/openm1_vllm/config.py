@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
 
 from openm1.model.config import M1Config
 from transformers import PreTrainedConfig
@@ -14,16 +13,10 @@ class MiniMaxM1HFConfig(PreTrainedConfig):
 
     model_type = "minimax_m1"
 
-    def __init__(self, **keys: Any) -> None:
-        # vLLM's head reads this one: logits are fp32 whatever the weights are.
-        keys.setdefault("head_dtype", "float32")
-        # Both are the published class's defaults.
-        keys.setdefault("postnorm", False)
-        keys.setdefault("rotary_dim", keys.get("head_dim"))
-        super().__init__(**keys)
 
+class MiniMaxText01HFConfig(PreTrainedConfig):
+    """The same keys under the older name."""
 
-class MiniMaxText01HFConfig(MiniMaxM1HFConfig):
     model_type = "minimax_text_01"
 
 

@@ -20,9 +20,10 @@ class M1EngineConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Chooses the tokenizer with the right template; notes which ids exist and which ends."""
+        """fp32 logits, the tokenizer with the right template, and which ids exist and which ends."""
         hf_config = model_config.hf_config
         m1_config(hf_config)
+        hf_config.head_dtype = "float32"
         if model_config.skip_tokenizer_init:
             return
         if model_config.tokenizer_mode == "auto":
