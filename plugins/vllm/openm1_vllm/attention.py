@@ -10,10 +10,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from openm1.kernels.packing import PackedLayout
-from openm1.model.config import M1Config
-from openm1.model.lightning_attention import OUTPUT_NORM_EPS, layer_slopes
-from openm1.model.rope import apply_rope
 from torch import nn
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
@@ -45,8 +41,14 @@ from vllm.v1.attention.backends.utils import (
     split_decodes_and_prefills,
 )
 
+from openm1.kernels.packing import PackedLayout
+from openm1.model.config import M1Config
+from openm1.model.lightning_attention import OUTPUT_NORM_EPS, layer_slopes
+from openm1.model.rope import apply_rope
 from openm1_vllm.kernels import lightning_decode, lightning_prefill
 from openm1_vllm.register import LIGHTNING_OP
+
+NARROWEST_HEAD = 32
 
 
 @dataclass
@@ -267,9 +269,11 @@ class SoftmaxAttention(nn.Module):
             prefix=f"{prefix}.o_proj",
             return_bias=False,
         )
+        # vLLM's attention on a CPU has no narrower heads; zeros change neither scores nor sums.
+        self.width = max(config.head_dim, NARROWEST_HEAD)
         self.attn = Attention(
             num_heads,
-            config.head_dim,
+            self.width,
             config.head_dim**-0.5,
             num_kv_heads=num_kv_heads,
             cache_config=vllm_config.cache_config,
@@ -280,6 +284,11 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """[T, C] -> [T, C]."""
-        q, k, v = self.qkv_proj(x).split(self.sizes, -1)
-        q, k = (apply_rope(y.unflatten(-1, (-1, self.head_dim)), *rope).flatten(1) for y in (q, k))
-        return self.o_proj(self.attn(q, k, v))
+        rows = self.qkv_proj(x).split(self.sizes, -1)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in rows)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if self.width == self.head_dim:
+            return self.o_proj(self.attn(*(y.flatten(1) for y in (q, k, v))))
+        padding = (0, self.width - self.head_dim)
+        out = self.attn(*(F.pad(y, padding).flatten(1) for y in (q, k, v)))
+        return self.o_proj(out.unflatten(-1, (-1, self.width))[..., : self.head_dim].flatten(1))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from openm1.model.config import M1Config
 from transformers import PreTrainedConfig
+
+from openm1.model.config import M1Config
 
 
 class MiniMaxM1HFConfig(PreTrainedConfig):
@@ -25,11 +26,11 @@ def m1_config(hf_config: PreTrainedConfig) -> M1Config:
 
     Raises ValueError, naming the key, where a value is not one OpenM1 or this plugin implements.
     """
-    raw = {f.name: getattr(hf_config, f.name) for f in fields(M1Config) if hasattr(hf_config, f.name)}
-    raw["rope_theta"] = _rope_theta(hf_config)
-    raw["model_type"] = "minimax_m1"
-    for name in ("hidden_act", "shared_intermediate_size", "sliding_window"):
-        raw[name] = getattr(hf_config, name, None)
+    names = [f.name for f in fields(M1Config)]
+    # What OpenM1 reads only to refuse other values than its own.
+    names += ["hidden_act", "shared_intermediate_size", "sliding_window"]
+    raw = {name: getattr(hf_config, name, None) for name in names}
+    raw |= {"rope_theta": _rope_theta(hf_config), "model_type": "minimax_m1"}
     raw = {name: value for name, value in raw.items() if value is not None}
     config = M1Config.from_dict(raw)
     if config.num_local_experts < 2 or config.tie_word_embeddings:

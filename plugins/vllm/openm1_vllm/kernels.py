@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from openm1.kernels.lightning.chunk import lightning_chunk
 from openm1.kernels.packing import PackedLayout
 

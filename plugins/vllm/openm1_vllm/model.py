@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from typing import ClassVar
 
 import torch
-from openm1.model.config import SOFTMAX, M1Config
-from openm1.model.rope import rope_tables
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
@@ -33,6 +32,8 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
+from openm1.model.config import SOFTMAX, M1Config
+from openm1.model.rope import rope_tables
 from openm1_vllm.attention import LightningAttention, SoftmaxAttention
 from openm1_vllm.config import m1_config
 
@@ -155,11 +156,9 @@ class M1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     hf_to_vllm_mapper = WeightsMapper(
         # Published files of the older release hold constants that the config gives.
         orig_to_new_substr={".self_attn.slope_rate": None, "rotary_emb.inv_freq": None},
-        orig_to_new_stacked={
-            f".{name}_proj": (".qkv_proj", name) for name in ("q", "k", "v")
-        },
+        orig_to_new_stacked={f".{name}_proj": (".qkv_proj", name) for name in ("q", "k", "v")},
     )
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    packed_modules_mapping: ClassVar = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()

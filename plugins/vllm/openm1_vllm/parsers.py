@@ -9,10 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from openm1.chat.thinking import THINK_CLOSE, THINK_OPEN, ThoughtSplitter, split_thought
-from openm1.chat.tokenizer import BEGINNING_OF_SENTENCE
-from openm1.chat.tools import ToolCallParser, parse_tool_calls
-from openm1.types import ToolCall as M1ToolCall
 from vllm.entrypoints.generate.base.protocol import (
     DeltaFunctionCall,
     DeltaMessage,
@@ -24,6 +20,11 @@ from vllm.entrypoints.generate.base.protocol import (
 from vllm.reasoning.abs_reasoning_parsers import ReasoningParser
 from vllm.renderers.chat_utils import make_tool_call_id
 from vllm.tool_parsers.abstract_tool_parser import ToolParser
+
+from openm1.chat.thinking import THINK_CLOSE, THINK_OPEN, ThoughtSplitter, split_thought
+from openm1.chat.tokenizer import BEGINNING_OF_SENTENCE
+from openm1.chat.tools import ToolCallParser, parse_tool_calls
+from openm1.types import ToolCall as M1ToolCall
 
 TAG_MAX_TOKENS = len(THINK_CLOSE)
 """A token is at least a byte."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.tokenizers.hf import CachedHfTokenizer, HfTokenizer
+
 from openm1.chat.jinja_m1 import m1_chat_template
 from openm1.chat.tokenizer import BEGINNING_OF_SENTENCE, END_OF_SENTENCE
-from vllm.tokenizers.hf import CachedHfTokenizer, HfTokenizer
 
 
 class M1Tokenizer(CachedHfTokenizer):

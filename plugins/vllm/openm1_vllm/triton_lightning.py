@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from openm1.kernels.packing import PackedLayout
 
 CHUNK_TOKENS = 64

@@ -20,7 +20,7 @@ class M1EngineConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """fp32 logits, the tokenizer with the right template, and which ids exist and which ends."""
+        """fp32 logits, the tokenizer with the right template, which ids exist, which one ends."""
         hf_config = model_config.hf_config
         m1_config(hf_config)
         hf_config.head_dtype = "float32"

@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
-from openm1.chat.jinja_m1 import M1_CHAT_TEMPLATE
-from openm1.model.config import M1_80K
-from openm1.model.hf import resolve_path
 from openm1_vllm.model import M1ForCausalLM
 from vllm.engine.arg_utils import EngineArgs
 from vllm.tokenizers import cached_tokenizer_from_config
+
+from openm1.chat.jinja_m1 import M1_CHAT_TEMPLATE
+from openm1.model.config import M1_80K
+from openm1.model.hf import resolve_path
 
 # The keys of the published config.json of MiniMax-M1-40k and -80k that OpenM1's own lacks.
 PUBLISHED_ONLY = {

@@ -8,7 +8,10 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.parser.abstract_parser import DelegatingParser
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
-CALLS = '<tool_calls>\n{"name": "add", "arguments": {"a": 1}}\n{"name": "add", "arguments": {}}\n</tool_calls>'
+CALLS = """<tool_calls>
+{"name": "add", "arguments": {"a": 1}}
+{"name": "add", "arguments": {}}
+</tool_calls>"""
 REPLIES = {
     "thought and answer": ("<think>\nhm\n</think>\n\n42", "hm", "42", []),
     "thought and calls": (f"<think>x</think>Sure.\n{CALLS}", "x", "Sure.", ['{"a": 1}', "{}"]),

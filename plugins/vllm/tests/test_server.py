@@ -10,8 +10,9 @@ import time
 
 import openai
 import pytest
-from openm1.model.hf import resolve_path
 from openm1_vllm.gate import Case, environment
+
+from openm1.model.hf import resolve_path
 
 START_S = 600
 QUESTION = "4 -9 +8 *9 +1"

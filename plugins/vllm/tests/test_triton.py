@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+
 from openm1.kernels.lightning.naive import lightning_naive
 from openm1.kernels.packing import PackedLayout
 from openm1.model.config import M1_80K
