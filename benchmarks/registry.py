@@ -172,6 +172,40 @@ def big_prefill(goal: float, threads: int) -> Race:
     return big_race(ask, big_contestants(1, 2048, threads), 2048, goal)
 
 
+def on_vllm(
+    ask: Callable[[Peer], Seconds], batch: int, context: int, num_tokens: int, threads: int
+) -> Race:
+    """The plugin against another mixture of experts of vLLM's own, in the same engine."""
+    made: list[Any] = []
+    with closing_on_error(made):
+        room = {"max_batch": batch, "max_context": context + 512, "threads": threads}
+        made.append(VllmPeer(shape_315m(), plugin=True, **room))
+        made.append(VllmPeer(shape_315m(), **room))
+    ours, peer = made
+    return Race(
+        num_tokens=num_tokens,
+        contestants={OURS: ask(ours), peer.name: ask(peer)},
+        goals={peer.name: 0.95},
+        close=lambda: [each.close() for each in made],  # pyright: ignore
+    )
+
+
+def vllm_decode(batch: int, threads: int) -> Race:
+    steps = 32
+
+    def ask(one: Peer) -> Seconds:
+        return lambda: one.decode_s(batch, 256, steps)
+
+    return on_vllm(ask, batch, 256, batch * steps, threads)
+
+
+def vllm_prefill(threads: int) -> Race:
+    def ask(one: Peer) -> Seconds:
+        return lambda: one.prefill_s(2048)
+
+    return on_vllm(ask, 1, 2048, 2048, threads)
+
+
 def fork(threads: int) -> Race:
     """Prefill of 16 samples of one prompt of 4096 tokens, and of 16 different ones."""
     ours = OpenM1(random_weights(nano_shape(), torch.float32))
@@ -228,6 +262,16 @@ CASES: dict[str, Case] = {
         for batch, goal in ((1, 1.2), (8, 2.0), (32, 4.0))
     },
     "prefill-315m": Case(about="prefill, 315 M bf16, 2048 tokens", race=partial(big_prefill, 6.0)),
+    **{
+        f"vllm-decode-b{batch}": Case(
+            about=f"the plugin in vLLM, decode, 315 M bf16, batch {batch}",
+            race=partial(vllm_decode, batch),
+        )
+        for batch in (1, 8, 32)
+    },
+    "vllm-prefill": Case(
+        about="the plugin in vLLM, prefill, 315 M bf16, 2048 tokens", race=vllm_prefill
+    ),
     "fork": Case(about="16 samples of one 4096-token prompt against 16 cold", race=fork),
     **{
         f"server-{kind}": Case(
