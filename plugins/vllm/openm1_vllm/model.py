@@ -168,14 +168,13 @@ class M1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         self.model = M1Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         if get_pp_group().is_last_rank:
-            # A CUDA product of bf16 matrices can sum into fp32; elsewhere the weight is widened.
-            wide = None if current_platform.is_cuda_alike() else torch.float32
             self.lm_head = ParallelLMHead(
-                config.vocab_size,
-                config.hidden_size,
-                params_dtype=wide,
-                prefix=maybe_prefix(prefix, "lm_head"),
+                config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
             )
+            if current_platform.is_cpu() and self.lm_head.weight.dtype == torch.bfloat16:
+                from openm1_vllm.cpu_head import WideHead
+
+                self.lm_head.quant_method = WideHead()
         else:
             self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(config.vocab_size)
@@ -194,8 +193,10 @@ class M1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """[S, V] in fp32; ids above the tokenizer's have an embedding of 0 and are never drawn."""
-        hidden = hidden_states.to(self.lm_head.weight.dtype)
-        logits = self.logits_processor(self.lm_head, hidden)
+        if current_platform.is_cpu():
+            # Elsewhere vLLM's own product of bf16 matrices sums into fp32 (`head_dtype`).
+            hidden_states = hidden_states.float()
+        logits = self.logits_processor(self.lm_head, hidden_states)
         if logits is not None:
             logits[:, self.num_real_tokens :] = -torch.inf
         return logits
