@@ -42,7 +42,7 @@ def client(tmp_path_factory):
         *("--enable-auto-tool-choice", "--dtype", "float32", "--max-model-len", "2048"),
         *("--enforce-eager", "--host", "127.0.0.1", "--port", str(port)),
         # nano, which knows no JSON, would write blanks for ever.
-        *("--structured-outputs-config", '{"disable_any_whitespace": true}'),
+        *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
     ]
     with log.open("w") as file:
         process = subprocess.Popen(
