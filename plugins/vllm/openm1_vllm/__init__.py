@@ -2,6 +2,6 @@
 
 Reading order: register (what vLLM is told), config and verify (what is checked before a weight is
 read), attention (the two kinds of layers and the state between steps), kernels and triton_lightning
-(their arithmetic), model (the rest of the network), cpu_head, tokenizer, parsers, gate (the command
+(their arithmetic), model (the rest of the network), cpu, tokenizer, parsers, gate (the command
 that checks all of it against OpenM1's own model).
 """

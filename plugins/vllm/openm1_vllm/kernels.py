@@ -1,4 +1,4 @@
-"""Lightning attention as vLLM needs it: Triton on a GPU, torch elsewhere."""
+"""Lightning attention as vLLM needs it: Triton on a GPU, torch and numba elsewhere."""
 
 from __future__ import annotations
 
@@ -47,9 +47,6 @@ def lightning_decode(
 
         lightning_decode_triton(q, k, v, slopes, states, pages, out)
         return
-    index = pages.long()
-    state = states.index_select(0, index)
-    state *= torch.exp(-slopes)[:, None, None]
-    state += k.float()[..., :, None] * v.float()[..., None, :]
-    states.index_copy_(0, index, state)
-    out.copy_((q.float()[..., None, :] @ state).squeeze(-2))
+    from openm1_vllm.cpu import lightning_decode_cpu
+
+    out.copy_(lightning_decode_cpu(q, k, v, slopes, states, pages))

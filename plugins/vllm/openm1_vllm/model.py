@@ -172,7 +172,7 @@ class M1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
                 config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
             )
             if current_platform.is_cpu() and self.lm_head.weight.dtype == torch.bfloat16:
-                from openm1_vllm.cpu_head import WideHead
+                from openm1_vllm.cpu import WideHead
 
                 self.lm_head.quant_method = WideHead()
         else:

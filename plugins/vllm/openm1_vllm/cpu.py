@@ -1,19 +1,21 @@
-"""fp32 logits from a bf16 head on a CPU.
+"""On a CPU: a decode step of lightning attention in one pass, and fp32 logits from a bf16 head.
 
 torch's product of two bf16 matrices rounds its sums to bf16 there, and a head widened to fp32 is
-read at half the speed: the head is what most of a small model's decode is. So this is OpenM1's own
-product, bf16 weights and fp32 sums, by the tile unit (AMX) where there is one.
+read at half the speed: the head is most of a small model's decode. So this is OpenM1's own product,
+bf16 weights and fp32 sums, by the tile unit (AMX) where there is one.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from numba import carray
 from torch import nn
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
@@ -28,6 +30,30 @@ SETUP = np.zeros(64, np.uint8)
 SETUP[0] = 1
 SETUP[16:32].view(np.uint16)[:] = 64
 SETUP[48:56] = 16
+
+
+def lightning_decode_cpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    states: torch.Tensor,
+    pages: torch.Tensor,
+) -> torch.Tensor:
+    """Outputs [S, H, D] in fp32; moves the fp32 states [P, H, D, D] of `pages` on where they lie.
+
+    A state is contiguous; pages may lie apart.
+    """
+    inputs = [x.float().contiguous().numpy() for x in (q, k, v)]
+    out = torch.zeros(q.shape)
+    decays, places, sums = torch.exp(-slopes).numpy(), pages.numpy(), out.numpy()
+    start, stride = np.int64(states.data_ptr()), np.int64(4 * states.stride(0))
+
+    def rows(first: int, stop: int) -> None:
+        _decode(*inputs, decays, start, stride, places, sums, first, stop)
+
+    _in_threads(rows, len(q), 1)
+    return out
 
 
 class WideHead(UnquantizedEmbeddingMethod):
@@ -60,14 +86,35 @@ def head_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         scratch = np.empty((2 * ROW_BLOCK, ROW_BLOCK), np.float32)
         _product(bits, first, stop, inputs, count, logits, tiles, packed, scratch, SETUP)
 
-    threads = torch.get_num_threads()
-    blocks = -(-len(weight) // ROW_BLOCK)
-    bounds = [min(len(weight), blocks * t // threads * ROW_BLOCK) for t in range(threads + 1)]
+    _in_threads(rows, len(weight), ROW_BLOCK)
+    return out[:count]
+
+
+def _in_threads(rows: Callable[[int, int], None], total: int, block: int) -> None:
+    """rows(first, stop) for shares of `total`, in whole blocks, one for each of torch's threads."""
+    blocks = -(-total // block)
+    threads = min(torch.get_num_threads(), blocks)
+    bounds = [min(total, blocks * t // threads * block) for t in range(threads + 1)]
     if threads == 1:
         rows(*bounds)
     else:
-        list(_pool(threads).map(rows, bounds[:-1], bounds[1:]))
-    return out[:count]
+        list(_pool(torch.get_num_threads()).map(rows, bounds[:-1], bounds[1:]))
+
+
+@kernel
+def _decode(q, k, v, decays, states, page_bytes, pages, out, first, stop):
+    heads, dim = q.shape[1], q.shape[2]
+    for s in range(first, stop):
+        for h in range(heads):
+            at = states + pages[s] * page_bytes + 4 * h * dim * dim
+            decay, value, total = decays[h], v[s, h], out[s, h]
+            for i in range(dim):
+                state = carray(vector.pointer_f32(at + 4 * i * dim), (dim,))
+                query, key = q[s, h, i], k[s, h, i]
+                for j in range(dim):
+                    new = decay * state[j] + key * value[j]
+                    state[j] = new
+                    total[j] += query * new
 
 
 @kernel
@@ -99,4 +146,4 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     """On the cores that vLLM has bound this process's threads to, one each."""
     tasks = [int(path.name) for path in Path("/proc/self/task").iterdir()]
     cores = set().union(*(os.sched_getaffinity(task) for task in tasks))
-    return ThreadPoolExecutor(threads, "head", lambda: os.sched_setaffinity(0, cores))
+    return ThreadPoolExecutor(threads, "openm1", lambda: os.sched_setaffinity(0, cores))
