@@ -69,6 +69,7 @@ class Engine:
 
     def prefill_s(self, num_tokens: int) -> float:
         """Of a prompt that was never seen before, so that nothing of it is cached."""
+        self._stop()
         return self._run(self._fresh(1, num_tokens), 1)
 
     def decode_s(self, batch: int, context: int, num_tokens: int) -> float:
@@ -82,8 +83,8 @@ class Engine:
         return self._clock() - began
 
     def _start(self, batch: int, context: int) -> None:
+        self._stop()
         engine = self._llm.llm_engine
-        engine.abort_request([str(i) for i in range(self._num_requests)])
         names = [str(i) for i in range(self._num_requests, self._num_requests + batch)]
         self._num_requests += batch
         for name, prompt in zip(names, self._fresh(batch, context), strict=True):
@@ -92,6 +93,10 @@ class Engine:
         waiting = set(names)
         while waiting:
             waiting -= {output.request_id for output in engine.step()}
+
+    def _stop(self) -> None:
+        self._llm.llm_engine.abort_request([str(i) for i in range(self._num_requests)])
+        self._running = None
 
     def _run(self, prompts: list[list[int]], num_tokens: int) -> float:
         began = self._clock()
