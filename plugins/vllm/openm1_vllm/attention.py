@@ -216,6 +216,12 @@ class LightningAttention(nn.Module, MambaBase):
                 q, k, v, self.slopes, batch.layout, before
             )
 
+    def rehearse(self, qkv: torch.Tensor) -> None:
+        """Takes the memory, and compiles the kernels, of a prefill of all rows of `qkv`."""
+        q, k, v = qkv.unflatten(-1, (self.num_heads, 3 * self.head_dim)).chunk(3, -1)
+        state = self.slopes.new_zeros(1, *self.get_state_shape()[0])
+        lightning_prefill(q, k, v, self.slopes, PackedLayout([len(qkv)], qkv.device), state)
+
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
         return MambaAttentionBackendEnum.LINEAR
@@ -234,9 +240,11 @@ class LightningAttention(nn.Module, MambaBase):
 def _lightning(qkv: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
     """Opaque to torch.compile: what it reads and writes besides `out` lies in the cache."""
     context = get_forward_context()
-    if context.attn_metadata is None:  # vLLM measures memory.
-        return
-    context.no_compile_layers[layer_name].attend(qkv, out, context.attn_metadata[layer_name])
+    layer = context.no_compile_layers[layer_name]
+    if context.attn_metadata is None:  # vLLM measures memory, before there is a cache.
+        layer.rehearse(qkv)
+    else:
+        layer.attend(qkv, out, context.attn_metadata[layer_name])
 
 
 direct_register_custom_op(op_name=LIGHTNING_OP, op_func=_lightning, mutates_args=["out"])
