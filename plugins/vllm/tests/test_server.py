@@ -119,10 +119,13 @@ def test_a_call_in_m1s_own_format(client, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_required_call_comes(client, stream):
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+def test_a_required_call_comes(client, choice, stream):
+    """One call: nano would list them for ever."""
     settings = {
         "tools": TOOLS,
-        "tool_choice": "required",
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
         "stream": stream,
         "extra_body": {"include_reasoning": False},
     }
