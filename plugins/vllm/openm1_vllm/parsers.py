@@ -7,7 +7,6 @@ The reading is OpenM1's own (`openm1.chat.thinking`, `openm1.chat.tools`): on te
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 
 from vllm.entrypoints.generate.base.protocol import (
@@ -20,17 +19,11 @@ from vllm.entrypoints.generate.base.protocol import (
 )
 from vllm.reasoning.abs_reasoning_parsers import ReasoningParser
 from vllm.renderers.chat_utils import make_tool_call_id
-from vllm.sampling_params import StructuredOutputsParams
 from vllm.tool_parsers.abstract_tool_parser import ToolParser
 
 from openm1.chat.thinking import THINK_CLOSE, THINK_OPEN, ThoughtSplitter, split_thought
 from openm1.chat.tokenizer import BEGINNING_OF_SENTENCE
-from openm1.chat.tools import (
-    TOOL_CALLS_CLOSE,
-    TOOL_CALLS_OPEN,
-    ToolCallParser,
-    parse_tool_calls,
-)
+from openm1.chat.tools import ToolCallParser, parse_tool_calls
 from openm1.types import ToolCall as M1ToolCall
 
 TAG_MAX_TOKENS = len(THINK_CLOSE)
@@ -124,28 +117,10 @@ class M1ToolParser(ToolParser):
     """`--tool-call-parser minimax_m1`: JSON lines between `<tool_calls>` and `</tool_calls>`."""
 
     engine_based_streaming = True
-    # vLLM's own form of a required call is a JSON list; M1 is held to the form it has learnt.
-    supports_required_and_named = False
 
     def __init__(self, tokenizer, tools=None) -> None:
         super().__init__(tokenizer, tools)
         self._parser = ToolCallParser()
-
-    def adjust_request(self, request):
-        """A required or a named call: a grammar for one call, in M1's own format."""
-        if not request.tools or request.tool_choice in (None, "none", "auto"):
-            return request
-        schemas = {tool.function.name: tool.function.parameters for tool in request.tools}
-        if request.tool_choice != "required":
-            name = request.tool_choice.function.name
-            if name not in schemas:
-                raise ValueError(f"tool_choice names {name!r}; the tools are {sorted(schemas)}")
-            schemas = {name: schemas[name]}
-        calls = [_call_format(name, schema or {}) for name, schema in schemas.items()]
-        tag = {"type": "structural_tag", "format": {"type": "or", "elements": calls}}
-        request.structured_outputs = StructuredOutputsParams(structural_tag=json.dumps(tag))
-        request.response_format = None
-        return request
 
     def extract_tool_calls(self, model_output, request) -> ExtractedToolCallInformation:
         content, calls = parse_tool_calls(model_output)
@@ -190,14 +165,3 @@ class M1ToolParser(ToolParser):
             index=self.current_tool_id,
             function=DeltaFunctionCall(name=call.name, arguments=call.arguments),
         )
-
-
-def _call_format(name: str, schema: dict) -> dict:
-    """A block of one call as xgrammar's structural tags say it."""
-    head = f'{TOOL_CALLS_OPEN}\n{{"name": {json.dumps(name)}, "arguments": '
-    parts = [
-        {"type": "const_string", "value": head},
-        {"type": "json_schema", "json_schema": schema},
-        {"type": "const_string", "value": f"}}\n{TOOL_CALLS_CLOSE}"},
-    ]
-    return {"type": "sequence", "elements": parts}

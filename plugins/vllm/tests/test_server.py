@@ -121,10 +121,11 @@ def test_a_call_in_m1s_own_format(client, stream):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
 def test_a_required_call_comes(client, choice, stream):
-    """In M1's own format, by a grammar: nano knows no tools."""
+    """One call: nano would list them for ever."""
     settings = {
         "tools": TOOLS,
         "tool_choice": choice,
+        "parallel_tool_calls": False,
         "stream": stream,
         "extra_body": {"include_reasoning": False},
     }
