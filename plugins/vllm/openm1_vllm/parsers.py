@@ -122,6 +122,15 @@ class M1ToolParser(ToolParser):
         super().__init__(tokenizer, tools)
         self._parser = ToolCallParser()
 
+    def adjust_request(self, request):
+        """Raises ValueError where vLLM would stream nothing."""
+        if request.tools and request.tool_choice == "required" and request.stream:
+            raise ValueError(
+                'tool_choice is "required" in a stream; with this parser allowed are "auto" and a '
+                "named tool in a stream, or required calls without one"
+            )
+        return super().adjust_request(request)
+
     def extract_tool_calls(self, model_output, request) -> ExtractedToolCallInformation:
         content, calls = parse_tool_calls(model_output)
         return ExtractedToolCallInformation(

@@ -118,8 +118,10 @@ def test_a_call_in_m1s_own_format(client, stream):
     assert 1 <= json.loads(arguments)["a"] <= 9
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+NAMED = {"type": "function", "function": {"name": "add"}}
+
+
+@pytest.mark.parametrize(("choice", "stream"), [("required", False), (NAMED, False), (NAMED, True)])
 def test_a_required_call_comes(client, choice, stream):
     """One call: nano would list them for ever."""
     settings = {
@@ -132,6 +134,11 @@ def test_a_required_call_comes(client, choice, stream):
     name, arguments, _, _ = call(ask(client, **settings), stream)
     assert name == "add"
     assert 0 <= json.loads(arguments)["a"] <= 99
+
+
+def test_a_required_call_is_refused_in_a_stream(client):
+    with pytest.raises(openai.BadRequestError, match="in a stream"):
+        ask(client, tools=TOOLS, tool_choice="required", stream=True)
 
 
 def call(reply, stream: bool) -> tuple[str, str, str, str]:
