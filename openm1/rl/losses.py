@@ -66,7 +66,10 @@ class PolicyLoss(Protocol):
         ...
 
     def token_weights(
-        self, ratio: Float[Tensor, " M"], advantages: Float[Tensor, " M"]
+        self,
+        ratio: Float[Tensor, " M"],
+        advantages: Float[Tensor, " M"],
+        old_logprobs: Float[Tensor, " M"],
     ) -> Float[Tensor, " M"]:
         """The factor of A log pi at each token, without gradient."""
         ...
@@ -115,7 +118,7 @@ class Unified:
     def weight_interval(self) -> tuple[float, float]:
         return _interval(self.eps_is_low, self.eps_is_high)
 
-    def token_weights(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+    def token_weights(self, ratio: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
         return unified_weights(
             ratio,
             advantages,
@@ -143,7 +146,7 @@ class CISPO:
     def weight_interval(self) -> tuple[float, float]:
         return _interval(self.eps_is_low, self.eps_is_high)
 
-    def token_weights(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+    def token_weights(self, ratio: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
         return unified_weights(
             ratio,
             advantages,
@@ -169,7 +172,7 @@ class DAPO:
     def weight_interval(self) -> tuple[float, float]:
         return _interval(math.inf, math.inf)
 
-    def token_weights(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+    def token_weights(self, ratio: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
         return _masked_ratio(ratio, advantages, self.eps_low, self.eps_high)
 
 
@@ -188,7 +191,7 @@ class GRPO:
     def weight_interval(self) -> tuple[float, float]:
         return _interval(math.inf, math.inf)
 
-    def token_weights(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+    def token_weights(self, ratio: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
         return _masked_ratio(ratio, advantages, self.eps_low, self.eps_high)
 
 
@@ -209,7 +212,7 @@ class PPO:
     def weight_interval(self) -> tuple[float, float]:
         return _interval(math.inf, math.inf)
 
-    def token_weights(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+    def token_weights(self, ratio: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
         return _masked_ratio(ratio, advantages, self.eps, self.eps)
 
 
@@ -226,7 +229,7 @@ class REINFORCE:
     def weight_interval(self) -> tuple[float, float]:
         return _interval(0.0, 0.0)
 
-    def token_weights(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+    def token_weights(self, ratio: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
         return torch.ones_like(ratio)
 
 
@@ -294,6 +297,6 @@ def policy_loss(
     `shares` are `sample_shares` at each token; `mismatch` is the capped factor of `RatioAnchor`.
     """
     ratio = torch.exp(logprobs.detach() - old_logprobs)
-    weights = config.token_weights(ratio, advantages)
+    weights = config.token_weights(ratio, advantages, old_logprobs)
     scaled = shares * advantages if mismatch is None else shares * advantages * mismatch
     return LossResult(-(scaled * weights * logprobs).sum(), weights, ratio)
