@@ -26,8 +26,8 @@ from benchmarks.cispo.sweep import Job, sweep
 from benchmarks.cispo.tasks import TASKS
 from benchmarks.run import machine
 
-FINAL_SEEDS = range(5)
-TUNING_SEEDS = (100, 101)
+FINAL_SEEDS = range(10, 15)
+TUNING_SEEDS = (100, 101, 102, 103)
 """Learning rates are chosen on other seeds than they are reported on."""
 
 

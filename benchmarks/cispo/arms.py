@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openm1.rl.losses import CISPO, DAPO, GRPO, REINFORCE, Aggregation, PolicyLoss
+from openm1.rl.losses import CISPO, DAPO, GRPO, REINFORCE, Aggregation, PolicyLoss, Praise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +23,7 @@ class SymmetricMask:
     def weight_interval(self) -> tuple[float, float]:
         return 0.0, self.high
 
-    def token_weights(self, ratio: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
+    def token_weights(self, ratio: Tensor, advantages: Tensor) -> Tensor:
         return torch.where((ratio < self.low) | (ratio > self.high), 0.0, ratio)
 
 
@@ -41,9 +41,12 @@ ARMS: dict[str, Arm] = {
     "grpo": Arm(about="GRPO, 0.2 / 0.2, sample mean", loss=GRPO()),
     "gradient": Arm(about="plain policy gradient, weight 1", loss=REINFORCE()),
     "symmetric": Arm(about="both signs dropped outside [0.8, 1.28]", loss=SymmetricMask()),
+    "praise": Arm(about="praise: CISPO without negative advantages", loss=Praise()),
     "cispo-2": Arm(about="CISPO, 2 updates a batch", loss=CISPO(), num_updates=2),
     "dapo-2": Arm(about="DAPO, 2 updates a batch", loss=DAPO(), num_updates=2),
-    "cispo-1": Arm(about="CISPO, 1 update a batch: the plain gradient", loss=CISPO(), num_updates=1),
+    "cispo-1": Arm(
+        about="CISPO, 1 update a batch: the plain gradient", loss=CISPO(), num_updates=1
+    ),
 }
 
 GRID: dict[int, tuple[float, ...]] = {
@@ -61,6 +64,7 @@ RATES: dict[str, dict[str, float]] = {
         "grpo": 4e-4,
         "gradient": 4e-4,
         "symmetric": 8e-4,
+        "praise": 8e-4,
         "cispo-2": 3.2e-3,
         "dapo-2": 1.6e-3,
         "cispo-1": 3.2e-3,

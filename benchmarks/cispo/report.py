@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -48,8 +49,7 @@ def progress(result: Result) -> list[float]:
 def growth(result: Result) -> list[float]:
     """Per batch while the mark is rare, by what its probability was multiplied."""
     curve = result["curves"]["recheck"]
-    pairs = zip(curve, curve[1:], strict=False)
-    return [after / before for before, after in pairs if 0 < before < RARE_UNTIL]
+    return [after / before for before, after in pairwise(curve) if 0 < before < RARE_UNTIL]
 
 
 def while_rare(result: Result, name: str) -> float:
@@ -72,7 +72,7 @@ def best_rates(results: Iterable[Result]) -> dict[str, float]:
     for result in results:
         areas[result["arm"], result["learning_rate"]].append(area(result))
     best: dict[str, float] = {}
-    for (arm, rate), values in sorted(areas.items(), key=lambda item: -fmean(item[1])):
+    for arm, rate in sorted(areas, key=lambda key: -fmean(areas[key])):
         best.setdefault(arm, rate)
     return best
 
@@ -114,8 +114,16 @@ def thresholds_table(results: Sequence[Result], thresholds: Sequence[float]) -> 
 
 def mechanism_table(results: Sequence[Result]) -> str:
     """Of the mark that checks, over the batches in which it is rare."""
-    header = ["arm", "net upward weight", "positive dropped", "negative dropped",
-              "growth a batch", "greatest growth", "tokens clipped or dropped", "entropy at forks"]  # fmt: skip
+    header = [
+        "arm",
+        "net upward weight",
+        "positive dropped",
+        "negative dropped",
+        "growth a batch",
+        "greatest growth",
+        "tokens clipped or dropped",
+        "entropy at forks [nats]",
+    ]
     rows = []
     for arm, runs in by_arm(results).items():
         growths = [growth(run) for run in runs]

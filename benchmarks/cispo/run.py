@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.cispo.lockstep import (
     TURN_TOKENS,
@@ -64,10 +65,8 @@ class Curves:
 
 def run(model: M1ForCausalLM, words: Words, plan: RunPlan) -> dict[str, Any]:
     """Trains `model` in place; the curves and the seconds it took."""
-    began = time.perf_counter()
-    optimizer = make_optimizer(
-        model.parameters(), AdamWConfig(learning_rate=plan.learning_rate)
-    )
+    began, began_cpu = time.perf_counter(), time.process_time()
+    optimizer = make_optimizer(model.parameters(), AdamWConfig(learning_rate=plan.learning_rate))
     curves, level = Curves(), 0
     for step in range(plan.num_steps):
         rng = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
@@ -77,11 +76,7 @@ def run(model: M1ForCausalLM, words: Words, plan: RunPlan) -> dict[str, Any]:
         chains = draw_chains(words, lengths, plan.num_prompts, plan.group_size, rng, kinds)
         play = play_chains(model, words, chains, rng)
         reward = float(play.reward.mean())
-        try:
-            learned = learn(model, optimizer, words, play, plan, rng)
-        except NonFiniteGradient:
-            # The run has broken: it stays where it is, which its curves show.
-            learned = {}
+        learned = learn(model, optimizer, words, play, plan, rng)
         curves.add(reward=reward, level=level, **_of_play(play), **learned)
         if (
             plan.curriculum is not None
@@ -89,7 +84,11 @@ def run(model: M1ForCausalLM, words: Words, plan: RunPlan) -> dict[str, Any]:
             and level + 1 < len(plan.curriculum.kinds)
         ):
             level += 1
-    return {"curves": curves.steps, "seconds": round(time.perf_counter() - began, 2), "cpu_s": round(time.process_time(), 2)}
+    return {
+        "curves": curves.steps,
+        "seconds": round(time.perf_counter() - began, 2),
+        "cpu_s": round(time.process_time() - began_cpu, 2),
+    }
 
 
 def _of_play(play: Play) -> dict[str, float]:
@@ -100,6 +99,26 @@ def _of_play(play: Play) -> dict[str, float]:
         "recheck": float(play.recheck_probability[played].mean()),
         "fork_entropy": float(play.fork_entropy[played].mean()),
     }
+
+
+@dataclass
+class Tally:
+    """What the updates of a batch did."""
+
+    rare: RareTokens = field(default_factory=RareTokens)
+    num_tokens: int = 0
+    num_clipped: int = 0
+    grad_norms: list[float] = field(default_factory=list)
+    num_broken: int = 0
+    """Updates whose gradient was not finite; they changed nothing."""
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "clipped": self.num_clipped / max(self.num_tokens, 1),
+            "grad_norm": sum(self.grad_norms) / max(len(self.grad_norms), 1),
+            "broken": self.num_broken,
+            **{f"rare_{name}": value for name, value in self.rare.metrics().items()},
+        }
 
 
 def learn(
@@ -114,38 +133,47 @@ def learn(
     advantages = group_advantages(play.reward, play.chains.group)
     rows = (advantages != 0).nonzero()[:, 0]
     rows = rows[torch.randperm(len(rows), generator=rng)]
-    rare, clipped, norms, count = RareTokens(), 0.0, [], 0
-    for part in rows.tensor_split(min(plan.num_updates, max(len(rows), 1))):
-        if not len(part):
-            continue
-        chosen = play.chosen[part]
-        batch = pack_rows(play.tokens[part], chosen, play.chains.num_turns[part])
-        # In packed order: row by row, what the model wrote.
-        counts = chosen.sum(1)
-        old = play.logprobs[part][chosen]
-        shares = torch.tensor(
-            sample_shares(
-                plan.loss.aggregation, counts.tolist(), play.chains.group[part].tolist()
-            )
-        )
-        scores = score_tokens(model, batch, vocab_size=len(words.text))
-        at = advantages[part].repeat_interleave(counts)
-        result = policy_loss(
-            plan.loss, scores.logprobs, old, at, shares.repeat_interleave(counts)
-        )
-        (result.loss + model.config.router_aux_loss_coef * scores.aux_loss).backward()
-        norms.append(
-            optimizer_step(
-                model, optimizer, learning_rate=plan.learning_rate, max_grad_norm=1.0
-            )
-        )
-        is_rare = batch.targets[batch.loss_mask] >= words.first_recheck
-        rare.add(result.ratio, result.weights, at, is_rare)
-        clipped += float((result.weights != result.ratio).sum())
-        count += len(old)
-    return {
-        "clipped": clipped / max(count, 1),
-        "grad_norm": sum(norms) / max(len(norms), 1),
-        "learned_rows": len(rows),
-        **{f"rare_{name}": value for name, value in rare.metrics().items()},
-    }
+    tally = Tally()
+    if len(rows):
+        for part in rows.tensor_split(min(plan.num_updates, len(rows))):
+            _update(model, optimizer, words, play, part, advantages[part], plan, tally)
+    return tally.metrics() | {"learned_rows": len(rows)}
+
+
+def _update(
+    model: M1ForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    words: Words,
+    play: Play,
+    part: Tensor,
+    advantages: Tensor,
+    plan: RunPlan,
+    tally: Tally,
+) -> None:
+    """One optimizer step on the rows `part` [N] with their `advantages` [N]."""
+    chosen = play.chosen[part]
+    batch = pack_rows(play.tokens[part], chosen, play.chains.num_turns[part])
+    counts = chosen.sum(1)
+    groups = play.chains.group[part]
+    shares = sample_shares(plan.loss.aggregation, counts.tolist(), groups.tolist())
+    scores = score_tokens(model, batch, vocab_size=len(words.text))
+    # What is per row, at each token that the model wrote: packed order is row by row.
+    at_tokens = advantages.repeat_interleave(counts)
+    result = policy_loss(
+        plan.loss,
+        scores.logprobs,
+        play.logprobs[part][chosen],
+        at_tokens,
+        torch.tensor(shares).repeat_interleave(counts),
+    )
+    (result.loss + model.config.router_aux_loss_coef * scores.aux_loss).backward()
+    try:
+        norm = optimizer_step(model, optimizer, learning_rate=plan.learning_rate, max_grad_norm=1.0)
+    except NonFiniteGradient:
+        tally.num_broken += 1
+        return
+    is_rare = batch.targets[batch.loss_mask] >= words.first_recheck
+    tally.rare.add(result.ratio, result.weights, at_tokens, is_rare)
+    tally.num_clipped += int((result.weights != result.ratio).sum())
+    tally.num_tokens += len(result.ratio)
+    tally.grad_norms.append(norm)

@@ -1,4 +1,4 @@
-"""Many runs, each in a process of its own, kept as lines of JSON; what is there is not run again."""
+"""Many runs, each in a process of its own, kept as lines of JSON; none is run twice."""
 
 from __future__ import annotations
 

@@ -66,10 +66,7 @@ class PolicyLoss(Protocol):
         ...
 
     def token_weights(
-        self,
-        ratio: Float[Tensor, " M"],
-        advantages: Float[Tensor, " M"],
-        old_logprobs: Float[Tensor, " M"],
+        self, ratio: Float[Tensor, " M"], advantages: Float[Tensor, " M"]
     ) -> Float[Tensor, " M"]:
         """The factor of A log pi at each token, without gradient."""
         ...
@@ -118,7 +115,7 @@ class Unified:
     def weight_interval(self) -> tuple[float, float]:
         return _interval(self.eps_is_low, self.eps_is_high)
 
-    def token_weights(self, ratio: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
+    def token_weights(self, ratio: Tensor, advantages: Tensor) -> Tensor:
         return unified_weights(
             ratio,
             advantages,
@@ -146,7 +143,7 @@ class CISPO:
     def weight_interval(self) -> tuple[float, float]:
         return _interval(self.eps_is_low, self.eps_is_high)
 
-    def token_weights(self, ratio: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
+    def token_weights(self, ratio: Tensor, advantages: Tensor) -> Tensor:
         return unified_weights(
             ratio,
             advantages,
@@ -172,7 +169,7 @@ class DAPO:
     def weight_interval(self) -> tuple[float, float]:
         return _interval(math.inf, math.inf)
 
-    def token_weights(self, ratio: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
+    def token_weights(self, ratio: Tensor, advantages: Tensor) -> Tensor:
         return _masked_ratio(ratio, advantages, self.eps_low, self.eps_high)
 
 
@@ -191,7 +188,7 @@ class GRPO:
     def weight_interval(self) -> tuple[float, float]:
         return _interval(math.inf, math.inf)
 
-    def token_weights(self, ratio: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
+    def token_weights(self, ratio: Tensor, advantages: Tensor) -> Tensor:
         return _masked_ratio(ratio, advantages, self.eps_low, self.eps_high)
 
 
@@ -212,7 +209,7 @@ class PPO:
     def weight_interval(self) -> tuple[float, float]:
         return _interval(math.inf, math.inf)
 
-    def token_weights(self, ratio: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
+    def token_weights(self, ratio: Tensor, advantages: Tensor) -> Tensor:
         return _masked_ratio(ratio, advantages, self.eps, self.eps)
 
 
@@ -229,8 +226,49 @@ class REINFORCE:
     def weight_interval(self) -> tuple[float, float]:
         return _interval(0.0, 0.0)
 
-    def token_weights(self, ratio: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
+    def token_weights(self, ratio: Tensor, advantages: Tensor) -> Tensor:
         return torch.ones_like(ratio)
+
+
+def praise_weights(
+    ratio: Float[Tensor, " M"],
+    advantages: Float[Tensor, " M"],
+    *,
+    eps_is_high: float,
+    blame: float,
+) -> Float[Tensor, " M"]:
+    """The ratio up to a cap, times `blame` where the advantage is negative."""
+    weight = ratio.detach().clamp(max=1 + eps_is_high)
+    return torch.where(advantages < 0, blame * weight, weight)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Praise:
+    """CISPO that learns from replies above their group's mean, and not (or less) from the others.
+
+    Ours. A wrong reply blames all of its tokens, most of which were right: at a high learning rate
+    that is what undoes what the model could do (docs/cispo.md). Rare tokens keep growing, since
+    better replies have more of those that help. To leave the replies below the mean out costs what
+    they would have taught; `blame` lets a share of it in. Near to it: TOPR (arXiv 2503.14286),
+    whose weights are 1 above the mean and at most 1 below.
+    """
+
+    eps_is_high: float = 4.0
+    blame: float = 0.0
+    """The factor on negative advantages; 1 is CISPO."""
+    aggregation: Aggregation = "token"
+
+    def __post_init__(self) -> None:
+        _check(self, "eps_is_high", "blame")
+        if self.blame > 1:
+            raise ValueError(f"blame is {self.blame}; allowed is 0 to 1")
+
+    @property
+    def weight_interval(self) -> tuple[float, float]:
+        return _interval(math.inf, self.eps_is_high)
+
+    def token_weights(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+        return praise_weights(ratio, advantages, eps_is_high=self.eps_is_high, blame=self.blame)
 
 
 def _interval(eps_is_low: float, eps_is_high: float) -> tuple[float, float]:
@@ -249,7 +287,7 @@ def _masked_ratio(ratio: Tensor, advantages: Tensor, eps_low: float, eps_high: f
     )
 
 
-Loss = CISPO | DAPO | GRPO | PPO | REINFORCE | Unified
+Loss = CISPO | DAPO | GRPO | PPO | Praise | REINFORCE | Unified
 
 
 def sample_shares(
@@ -297,6 +335,6 @@ def policy_loss(
     `shares` are `sample_shares` at each token; `mismatch` is the capped factor of `RatioAnchor`.
     """
     ratio = torch.exp(logprobs.detach() - old_logprobs)
-    weights = config.token_weights(ratio, advantages, old_logprobs)
+    weights = config.token_weights(ratio, advantages)
     scaled = shares * advantages if mismatch is None else shares * advantages * mismatch
     return LossResult(-(scaled * weights * logprobs).sum(), weights, ratio)

@@ -47,7 +47,7 @@ SAMPLER_ROUNDING = 1e-4
 SMALL = CompareTask(
     about="small",
     recheck=RecheckConfig(
-        num_symbols=4, operations_per_kind=2, num_kinds=2, min_turns=1, max_turns=3
+        num_symbols=4, operations_per_kind=2, num_kinds=2, min_turns=1, max_turns=3, hint_right=0.4
     ),
     cold_start=ColdStart(num_steps=60, rows=32, recheck_probability=0.2, learning_rate=1e-2),
     num_steps=2,
@@ -163,7 +163,7 @@ def test_rare_tokens_are_counted_by_sign():
 def test_the_symmetric_mask_looks_at_no_sign():
     ratio = torch.tensor([0.7, 0.9, 1.2, 1.3])
     for sign in (1.0, -1.0):
-        weights = SymmetricMask().token_weights(ratio, torch.full_like(ratio, sign), ratio.log())
+        weights = SymmetricMask().token_weights(ratio, torch.full_like(ratio, sign))
         assert weights.tolist() == pytest.approx([0.0, 0.9, 1.2, 0.0])
 
 
