@@ -167,7 +167,7 @@ def figure2() -> dict[str, list[tuple[int, float]]]:
 
 
 COLOURS = {"cispo": "C3", "dapo": "C0", "grpo": "C2", "dapo-4": "C9", "symmetric": "C1",
-           "gradient": "C7", "odds": "C4"}  # fmt: skip
+           "gradient": "C7", "praise": "C4", "praise-0": "C6"}  # fmt: skip
 
 
 def _band(axes: Any, arm: str, curves: Sequence[Sequence[float]]) -> None:

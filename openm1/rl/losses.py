@@ -244,18 +244,18 @@ def praise_weights(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Praise:
-    """CISPO that learns from replies above their group's mean, and not (or less) from the others.
+    """CISPO in which replies below their group's mean count for less than those above it.
 
     Ours. A wrong reply blames all of its tokens, most of which were right: at a high learning rate
     that is what undoes what the model could do (docs/cispo.md). Rare tokens keep growing, since
-    better replies have more of those that help. To leave the replies below the mean out costs what
-    they would have taught; `blame` lets a share of it in. Near to it: TOPR (arXiv 2503.14286),
-    whose weights are 1 above the mean and at most 1 below.
+    better replies have more of those that help. Without any blame, habits that are wrong and
+    frequent stay. Near to it: TOPR (arXiv 2503.14286), whose weights are 1 above the mean and at
+    most 1 below.
     """
 
     eps_is_high: float = 4.0
-    blame: float = 0.0
-    """The factor on negative advantages; 1 is CISPO."""
+    blame: float = 0.25
+    """The factor on negative advantages, 0 to 1; 1 is CISPO."""
     aggregation: Aggregation = "token"
 
     def __post_init__(self) -> None:

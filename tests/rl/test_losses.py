@@ -178,7 +178,6 @@ def test_praise_is_cispo_where_the_advantage_is_positive_and_a_share_of_it_elsew
         config = Praise(blame=blame)
         assert torch.equal(config.token_weights(ratio, up), cispo)
         assert torch.equal(config.token_weights(ratio, down), blame * cispo)
-    assert Praise().blame == 0.0
     assert Praise(eps_is_high=1.0).token_weights(ratio, up).tolist() == pytest.approx(
         [0.1, 1.0, 2.0, 2.0]
     )
@@ -189,9 +188,9 @@ def test_more_blame_than_praise_is_refused():
         Praise(blame=1.5)
 
 
-def test_praise_leaves_the_tokens_of_worse_replies_alone(batch):
+def test_without_blame_the_tokens_of_worse_replies_are_left_alone(batch):
     worse = batch["advantages"] < 0
-    ours = gradient(Praise(), batch)
+    ours = gradient(Praise(blame=0.0), batch)
     assert 0 < int(worse.sum()) < len(worse)
     assert bool((ours[worse] == 0).all())
     assert torch.equal(ours[~worse], gradient(CISPO(), batch)[~worse])
