@@ -121,7 +121,7 @@ def mechanism_table(results: Sequence[Result]) -> str:
         "negative dropped",
         "growth a batch",
         "greatest growth",
-        "tokens clipped or dropped",
+        "weight is not the ratio",
         "entropy at forks [nats]",
     ]
     rows = []
