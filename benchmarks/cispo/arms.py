@@ -69,9 +69,8 @@ RATES: dict[str, dict[str, float]] = {
         "gradient": 4e-4,
         "cispo-2": 3.2e-3,
         "cispo-1": 3.2e-3,
-        "praise-0": 8e-4,
     },
-    "ladder": {"cispo": 4e-4, "dapo": 2e-4, "praise": 4e-4, "dapo-4": 4e-4},
+    "ladder": {"cispo": 4e-4, "dapo": 2e-4, "praise": 4e-4},
     "chain": {"cispo": 1e-4, "dapo": 2e-4, "grpo": 2e-4},
 }
 """Each arm's best learning rate on the tuning seeds (`--tune`)."""

@@ -16,7 +16,7 @@ from benchmarks.cispo.arms import ARMS
 from benchmarks.cispo.tasks import TASKS
 
 THRESHOLDS = (0.8, 0.9, 0.95)
-LEVELS_PASSED = (1.0, 2.0, 4.0)
+LEVELS_PASSED = (1.0, 1.5, 2.0, 3.0)
 Result = dict[str, Any]
 RARE_UNTIL = 0.5
 """The mean probability up to which the mark is called rare."""
@@ -166,8 +166,19 @@ def figure2() -> dict[str, list[tuple[int, float]]]:
     return dict(points)
 
 
-COLOURS = {"cispo": "C3", "dapo": "C0", "grpo": "C2", "dapo-4": "C9", "symmetric": "C1",
-           "gradient": "C7", "praise": "C4", "praise-0": "C6"}  # fmt: skip
+COLOURS = {
+    "cispo": "C3",
+    "dapo": "C0",
+    "grpo": "C2",
+    "dapo-4": "C9",
+    "symmetric": "C1",
+    "gradient": "C7",
+    "praise": "C4",
+    "praise-0": "C6",
+    "cispo-2": "salmon",
+    "dapo-2": "navy",
+    "cispo-1": "tan",
+}
 
 
 def _band(axes: Any, arm: str, curves: Sequence[Sequence[float]]) -> None:
