@@ -71,6 +71,6 @@ RATES: dict[str, dict[str, float]] = {
         "cispo-1": 3.2e-3,
     },
     "ladder": {"cispo": 4e-4, "dapo": 2e-4, "praise": 4e-4},
-    "chain": {"cispo": 1e-4, "dapo": 2e-4, "grpo": 2e-4},
+    "chain": {"cispo": 2e-4, "dapo": 2e-4, "grpo": 2e-4},
 }
 """Each arm's best learning rate on the tuning seeds (`--tune`)."""
