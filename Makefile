@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c 
 TORCH := $(shell grep '^torch==' constraints.txt)
 IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help setup smollm2 lint type format test test-clients test-vllm bench bench-cispo docs demo clean
+.PHONY: help setup smollm2 lint type format test test-clients test-vllm test-trl bench bench-cispo docs demo clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -51,6 +51,9 @@ test-vllm: ## the vLLM plugin against vLLM on the CPU (an environment of its own
 	.venv-vllm/bin/python -m pytest plugins/vllm/tests; \
 	TRITON_INTERPRET=1 .venv-vllm/bin/python -m pytest plugins/vllm/tests/test_triton.py; \
 	.venv-vllm/bin/python -m openm1_vllm.gate
+
+test-trl: setup ## CISPO's loss and gradient against TRL's, in an environment of its own
+	OPENM1_TRL_PYTHON=$$($(BIN)/python -m tests.clients.trl_environment) $(BIN)/python -m pytest tests/rl/test_trl.py
 
 bench: setup ## benchmarks, as a table
 	$(BIN)/python -m benchmarks.run $(ARGS)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import reports
+from benchmarks.cispo_step import CHAIN, NANO, TRL_PYTHON, cispo_race
 from benchmarks.contestant import OURS, OpenM1
 from benchmarks.peers import (
     VLLM_PYTHON,
@@ -31,6 +32,7 @@ from benchmarks.server import NUM_TOKENS, QUESTIONS, contestants
 from benchmarks.train import train_race
 from openm1.model.config import M1Config, post_norm_config
 from openm1.model.int8 import quantize_int8
+from openm1.recipes import nano
 
 Seconds = Callable[[], float]
 
@@ -257,8 +259,25 @@ def _nano_cases() -> dict[str, Case]:
     return cases
 
 
+def _trl_cases() -> dict[str, Case]:
+    python = os.environ.get(TRL_PYTHON)
+    if not python:
+        return {}
+    return {
+        "cispo-step-chain": Case(
+            about="a step of CISPO, nano fp32: 16 x 16 replies to chains, 16 updates",
+            race=partial(cispo_race, python, ("chain",), CHAIN),
+        ),
+        "cispo-step-nano": Case(
+            about="a step of CISPO, nano fp32: its recipe, 16 x 16 replies, 8 updates",
+            race=partial(cispo_race, python, tuple(nano.FAMILIES), NANO),
+        ),
+    }
+
+
 CASES: dict[str, Case] = {
     **_nano_cases(),
+    **_trl_cases(),
     **{
         f"decode-315m-b{batch}": Case(
             about=f"decode, 315 M bf16, batch {batch}", race=partial(big_decode, batch, goal)

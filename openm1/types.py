@@ -194,6 +194,9 @@ class Completion:
     """Prompt tokens that were not computed again."""
     policy_versions: tuple[int, ...] = ()
     """Per token, which weights wrote it."""
+    experts: tuple[bytes, ...] = ()
+    """Where the engine records them: for each token of prompt and reply but the last, the experts
+    it went to, K of the first layer, then K of the next one; empty where it was not computed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,6 +207,8 @@ class Task:
     prompt: tuple[Message, ...]
     answer: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[ToolSpec, ...] = ()
+    """Functions offered to the model; the environment carries the calls out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -322,6 +322,32 @@ def train(kind: str, args: Sequence[str]) -> None:
     print(f"wrote {checkpoint}")
 
 
+def report(
+    run: Positional[Path],
+    *,
+    out: Path | None = None,
+    steps: tuple[int, ...] = (),
+    max_groups: int = 6,
+    max_rollouts: int = 8,
+    open_: Annotated[bool, arg(name="open")] = False,
+) -> None:
+    """A run of `openm1 rl`, finished or not, as one HTML page: curves, windows, rollouts to read.
+
+    It is written to RUN/report.html, or to --out. --steps are those whose rollouts are shown,
+    --max-groups prompts each with --max-rollouts replies; --open shows the page in a browser.
+    """
+    from openm1.rl.report import ReportConfig, write_report
+
+    target = out or run / "report.html"
+    config = ReportConfig(steps=steps, max_groups=max_groups, max_rollouts=max_rollouts)
+    write_report(run, target, config)
+    print(f"wrote {target}")
+    if open_:
+        import webbrowser
+
+        webbrowser.open(target.resolve().as_uri())
+
+
 def serve(
     *,
     model: str = "nano",
@@ -426,6 +452,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "chat": chat,
     "convert": convert,
     "eval": evaluate,
+    "report": report,
     "bench": bench,
     "serve": serve,
     "usage": usage,

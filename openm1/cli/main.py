@@ -10,6 +10,7 @@ from typing import Any
 from tyro.extras import subcommand_cli_from_dict
 
 from openm1.cli.commands import COMMANDS, TRAINERS, TYRO_CONFIG, train
+from openm1.common.errors import RunStopped
 
 DESCRIPTION = """OpenM1: run, train and measure MiniMax-M1-class reasoning models.
 
@@ -18,7 +19,8 @@ Costs: openm1 plan flops|memory|run|price [--help]."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Exit status 0, or 2 with the reason on standard error where the input was at fault."""
+    """Exit status 0; 2 with the reason on standard error where the input was at fault; 1 where a
+    training cannot go on."""
     # Threads that wait for each other in a busy loop lose a core to whatever else is running, and
     # then wait for it: 30 times slower on a machine with one free core of two. torch reads this
     # when it is first imported.
@@ -36,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"openm1: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunStopped as error:
+        print(f"openm1: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("openm1: interrupted", file=sys.stderr)
         sys.exit(130)

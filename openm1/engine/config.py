@@ -22,6 +22,8 @@ class EngineConfig:
     of the memory that is available when the engine takes its first request."""
     page_tokens: int = 64
     """Tokens per page of keys and values."""
+    record_experts: bool = False
+    """Completions tell which experts their tokens went to. "auto" kernels are then "torch"."""
     kernels: Kernels = "auto"
     """"torch" is the reference for every device and dtype, "cpu" decodes in fused compiled loops,
     "auto" takes the faster of those that can run the model."""
@@ -34,6 +36,8 @@ class EngineConfig:
             raise ValueError(
                 f"memory_budget_bytes is {self.memory_budget_bytes}; allowed is None or at least 1"
             )
+        if self.record_experts and self.kernels == "cpu":
+            raise ValueError("kernels is 'cpu' with record_experts; allowed are auto, torch")
         if self.kernels not in get_args(Kernels):
             raise ValueError(
                 f"kernels is {self.kernels!r}; allowed are {', '.join(get_args(Kernels))}"

@@ -14,7 +14,7 @@ from openm1.chat.tokenizer import Tokenizer
 from openm1.common.device import available_memory_bytes
 from openm1.engine.admission import make_request
 from openm1.engine.cache.hybrid import CachedSequence, CacheSizes, HybridCache
-from openm1.engine.config import EngineConfig, Kernels, SpecialTokens
+from openm1.engine.config import EngineConfig, SpecialTokens
 from openm1.engine.draw import BadLogits
 from openm1.engine.request import Request, RequestFailed
 from openm1.engine.runner import Runner, TorchRunner
@@ -87,7 +87,7 @@ class Engine:
             dtype=model.dtype,
             device=model.device,
         )
-        self._runner = _make_runner(model, pools, config.kernels)
+        self._runner = _make_runner(model, pools, config)
         self._scheduler = self._new_books(sizes)
         self._is_open = True
 
@@ -172,7 +172,10 @@ class Engine:
                 if plan.prefill:
                     pieces = [(c.request, c.request.ids(c.start, c.end)) for c in plan.prefill]
                     self._runner.prefill([(sequence_of(r), ids) for r, ids in pieces])
+                    places = [(c.request, p) for c in plan.prefill for p in range(c.start, c.end)]
+                    self._note_experts(places)
                 sound, choice = self._choose(plan.decode)
+                self._note_experts([(request, request.num_tokens - 1) for request in plan.decode])
                 books_are_whole = False
                 self._scheduler.ran(plan)
                 done = self._take(sound, choice)
@@ -236,6 +239,14 @@ class Engine:
             self._scheduler.abort(request)
         return list(requests)
 
+    def _note_experts(self, places: list[tuple[Request, int]]) -> None:
+        """Of what the runner has just computed, in its order. A position that is computed again
+        has the choices that what follows has seen."""
+        if places and self.config.record_experts:
+            assert isinstance(self._runner, TorchRunner)
+            for (request, place), chosen in zip(places, self._runner.experts, strict=True):
+                request.experts[place] = chosen
+
     def _recover(self, *, books_are_whole: bool) -> None:
         """After an error in a step. States are written in place, so running requests start anew."""
         if books_are_whole:
@@ -273,7 +284,13 @@ class Engine:
             num_prompt_tokens=len(request.prompt_ids),
             cached_tokens=request.num_cached,
             policy_versions=tuple(request.policy_versions),
+            experts=self._experts(request),
         )
+
+    def _experts(self, request: Request) -> tuple[bytes, ...]:
+        if not self.config.record_experts:
+            return ()
+        return tuple(request.experts.get(i, b"") for i in range(request.num_tokens - 1))
 
     def check_integrity(self) -> None:
         """Asserts that every page and slot is free, a running sequence's or a cached prefix's."""
@@ -330,9 +347,16 @@ def sequence_of(request: Request) -> CachedSequence:
     return request.sequence
 
 
-def _make_runner(model: M1ForCausalLM, pools: CachePools, kernels: Kernels) -> Runner:
+def _make_runner(model: M1ForCausalLM, pools: CachePools, config: EngineConfig) -> Runner:
     from openm1.engine.cpu_runner import CpuRunner, unsupported
 
+    if config.record_experts:
+        if not 1 < model.config.num_local_experts <= 256:
+            raise ValueError(
+                f"record_experts with {model.config.num_local_experts} experts; allowed is 2 to 256"
+            )
+        return TorchRunner(model, pools, record_experts=True)
+    kernels = config.kernels
     # A subclass may compute something else than the fused loops do.
     if kernels == "auto":
         plain = type(model) is M1ForCausalLM

@@ -36,6 +36,8 @@ class Request:
     """Why it was aborted, where that was the engine's doing."""
     policy_versions: list[int] = field(default_factory=list)
     """Per output token, which weights wrote it."""
+    experts: dict[int, bytes] = field(default_factory=dict)
+    """By position, where they are recorded."""
     arrival: int = 0
     """The scheduler's count: what came earlier goes first among equals."""
     snapshot_at: set[int] = field(default_factory=set)

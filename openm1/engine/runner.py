@@ -49,9 +49,14 @@ class Runner(Protocol):
 class TorchRunner:
     """The model as it is, in any dtype on any device: the reference."""
 
-    def __init__(self, model: M1ForCausalLM, pools: CachePools) -> None:
+    def __init__(
+        self, model: M1ForCausalLM, pools: CachePools, *, record_experts: bool = False
+    ) -> None:
+        """With `record_experts`, `experts` has after each call the choices of its tokens."""
         self.model = model
         self.pools = pools
+        self.record_experts = record_experts
+        self.experts: list[bytes] = []
 
     def apply(self, orders: Sequence[Order]) -> None:
         apply_orders(self.pools, orders)
@@ -76,7 +81,12 @@ class TorchRunner:
         device = self.model.device
         ids = torch.tensor([token for piece in pieces for token in piece], device=device)
         layout = PackedLayout([len(piece) for piece in pieces], device)
-        return self.model.model(ids, layout, view_of(self.pools, sequences, layout.lengths)).hidden
+        view = view_of(self.pools, sequences, layout.lengths)
+        seen: list[Tensor] | None = [] if self.record_experts else None
+        hidden = self.model.model(ids, layout, view, seen=seen).hidden
+        if seen is not None:
+            self.experts = [bytes(row) for row in torch.cat(seen, 1).tolist()]
+        return hidden
 
 
 def view_of(

@@ -11,7 +11,7 @@ import asyncio
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Literal
 
@@ -170,6 +170,13 @@ class JudgedTaskset:
         """Takes that much more off for each character than now; the point without cost moves."""
         total = self.shaping.cost_per_char + cost_per_char
         self.shaping = replace(self.shaping, cost_per_char=total, typical_chars=typical_chars)
+
+    def state(self) -> dict[str, float]:
+        """What was set anew while a run went on, for its checkpoint."""
+        return asdict(self.shaping)
+
+    def load_state(self, state: dict[str, float]) -> None:
+        self.shaping = RewardShaping(**state)
 
     async def score(self, task: Task, answer: str, rule_reward: float) -> float:
         question = prompt_text(task)

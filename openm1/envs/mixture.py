@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 from openm1.envs.base import stable_hash
 from openm1.protocols import Taskset
@@ -29,7 +30,26 @@ class Mixture:
 
     def task(self, index: int) -> tuple[Taskset, Task]:
         """The task at any place of the endless stream."""
-        taskset = Random(stable_hash(f"{self.seed}/{index}")).choices(self.tasksets, self.weights)[
-            0
-        ]
+        rng = Random(stable_hash(f"{self.seed}/{index}"))
+        taskset = rng.choices(self.tasksets, self.weights)[0]
         return taskset, next(taskset.train(stable_hash(f"{self.seed}/{index}/task")))
+
+    # What follows is for mixtures that change as a run goes on, like a curriculum; this one does
+    # not.
+
+    def begin_step(self, step: int) -> None:
+        """Tasks are drawn for that step or a later one from now on."""
+
+    def observe(self, task: Task, pass_rate: float) -> None:
+        """How a drawn task was passed."""
+
+    def metrics(self) -> dict[str, float]:
+        """For the line of a step."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What `load_state` needs to go on."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass

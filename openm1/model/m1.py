@@ -59,6 +59,8 @@ class DecoderLayer(nn.Module):
         layout: PackedLayout,
         rope: tuple[Tensor, Tensor],
         cache: CacheView | None,
+        experts: Tensor | None = None,
+        seen: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         x = self.input_layernorm(hidden)
         if isinstance(self.self_attn, SoftmaxAttention):
@@ -68,7 +70,7 @@ class DecoderLayer(nn.Module):
         residual = x if self.postnorm else hidden
         hidden = _mix(residual, self.attention_alpha, out, self.attention_beta)
         x = self.post_attention_layernorm(hidden)
-        out, aux_loss = self.block_sparse_moe(x)
+        out, aux_loss = self.block_sparse_moe(x, experts, seen)
         residual = x if self.postnorm else hidden
         return _mix(residual, self.mlp_alpha, out, self.mlp_beta), aux_loss
 
@@ -95,14 +97,23 @@ class M1Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, input_ids: Int[Tensor, " T"], layout: PackedLayout, cache: CacheView | None = None
+        self,
+        input_ids: Int[Tensor, " T"],
+        layout: PackedLayout,
+        cache: CacheView | None = None,
+        *,
+        experts: Int[Tensor, "T L K"] | None = None,
+        seen: list[Tensor] | None = None,
     ) -> M1Output:
+        """`experts` are those that tokens go to in each layer, -1 where the router chooses; to
+        `seen`, each layer's choices [T, K] are added."""
         positions = layout.positions if cache is None else cache.positions
         rope = rope_tables(positions, self.config.rotary_dim, self.config.rope_theta)
         hidden = self.embed_tokens(input_ids)
         losses = []
-        for layer in self.layers:
-            hidden, loss = layer(hidden, layout, rope, cache)
+        for number, layer in enumerate(self.layers):
+            given = None if experts is None else experts[:, number]
+            hidden, loss = layer(hidden, layout, rope, cache, given, seen)
             losses.append(loss)
         return M1Output(self.norm(hidden), torch.stack(losses).mean())
 

@@ -54,16 +54,27 @@ class MoE(nn.Module):
             self.gate = Linear(config.hidden_size, config.num_local_experts, dtype)
         self.experts = Experts(config)
 
-    def forward(self, x: Float[Tensor, "T C"]) -> tuple[Float[Tensor, "T C"], Tensor]:
+    def forward(
+        self,
+        x: Float[Tensor, "T C"],
+        given: Int[Tensor, "T K"] | None = None,
+        seen: list[Tensor] | None = None,
+    ) -> tuple[Float[Tensor, "T C"], Tensor]:
         """The mixed output and the auxiliary loss (a scalar, not yet scaled by its coefficient).
 
-        Where gradients are off the loss is not computed, and 0.
+        Where gradients are off the loss is not computed, and 0. Tokens go to the `given` experts,
+        except where those are -1; the router weighs them. To `seen`, the choices [T, K] are added.
         """
         no_loss = x.new_zeros((), dtype=torch.float32)
         if self.config.num_local_experts == 1:
             return experts_dense(x, x.new_ones(len(x), 1), self.experts), no_loss
         probs = linear_fp32(x, self.gate.weight).softmax(-1)  # [T, E]
         weights, chosen = probs.topk(self.config.num_experts_per_tok, -1)
+        if given is not None:
+            chosen = torch.where(given < 0, chosen, given)
+            weights = probs.gather(1, chosen)
+        if seen is not None:
+            seen.append(chosen)
         weights = weights / weights.sum(-1, keepdim=True)
         if self._dense_is_faster(len(x)):
             gates = torch.zeros_like(probs).scatter(1, chosen, weights)

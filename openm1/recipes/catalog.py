@@ -12,6 +12,11 @@ RECIPES: dict[str, dict[str, SupervisedRun | RLRun]] = {
         "sft": chain.COLD_START,
         "rl": chain.WINDOWS_RUN,
     },
+    "chain-curriculum": {
+        "pretrain": chain.PRETRAIN,
+        "sft": chain.COLD_START,
+        "rl": chain.CURRICULUM_RUN,
+    },
     "nano": {"pretrain": nano.PRETRAIN, "sft": nano.COLD_START, "rl": nano.CISPO_RUN},
 }
 

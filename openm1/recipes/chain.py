@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from openm1.envs.curriculum import CurriculumConfig
 from openm1.recipes.runs import ModelShape, RLRun, SupervisedRun, TraceData
 from openm1.rl.batch import BatchConfig
 from openm1.rl.config import RLConfig
@@ -73,3 +74,10 @@ WINDOWS_RUN = replace(
     ),
 )
 """M1's walk from 40K to 80K in small: at first only the full thoughts of two operations fit."""
+
+CURRICULUM_RUN = replace(
+    CISPO_RUN,
+    folder=FOLDER / "rl-curriculum",
+    curriculum=CurriculumConfig(raise_at=0.7, horizon_groups=16),
+)
+"""Two operations first, one more as soon as 70 % of a batch's answers are right."""

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from openm1.common.page import html_page, html_table, reply_line
 from openm1.common.track import read_metrics
 from openm1.evals.metrics import TaskMetrics
 from openm1.types import Message
@@ -50,21 +51,6 @@ class DemoResult:
     answers: list[Answer]
 
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1a1a1a; background: #fff; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
-td, th { padding: .3rem .7rem; border-bottom: 1px solid #ccc; text-align: right; }
-td:first-child, th:first-child { text-align: left; }
-img { max-width: 100%; }
-.thought { color: #777; font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
-.right { color: #0a7a2f; } .wrong { color: #b3261e; }
-@media (prefers-color-scheme: dark) {
-  body { color: #e8e8e8; background: #161616; } td, th { border-color: #444; }
-  .thought { color: #999; } img { background: #fff; border-radius: 4px; } }
-"""
-
-
 def write_report(path: Path, result: DemoResult, seconds: float) -> None:
     """Writes the plots beside `path`, and `path` with the plots inside it."""
     plots = write_plots(path.parent, result)
@@ -74,10 +60,7 @@ def write_report(path: Path, result: DemoResult, seconds: float) -> None:
         f'{base64.b64encode(plot.read_bytes()).decode()}"></p>'
         for plot in plots
     )
-    page = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>OpenM1 demo</title><style>{STYLE}</style>
-<h1>A nano M1 learns to think</h1>
+    body = f"""<h1>A nano M1 learns to think</h1>
 <p>From random weights, in {seconds:.0f} seconds: pretraining, a cold start on hasty thoughts, and
 CISPO, which was told only right or wrong. On held-out chains the greedy accuracy went from
 {before.metrics.accuracy:.1%} to {after.metrics.accuracy:.1%}, the thought from
@@ -87,27 +70,24 @@ CISPO, which was told only right or wrong. On held-out chains the greedy accurac
 <h2>Before and after</h2>
 {"".join(_trace(trace) for trace in result.traces)}
 <h2>The shipped nano</h2>
-{"".join(_answer(answer) for answer in result.answers)}
-</html>
-"""
-    path.write_text(page, encoding="utf-8")
+{"".join(_answer(answer) for answer in result.answers)}"""
+    path.write_text(html_page("OpenM1 demo", body), encoding="utf-8")
 
 
 def _table(result: DemoResult) -> str:
     budgets = list(result.stages[0].accuracy_by_budget)
-    head = "".join(f"<th>budget {budget}</th>" for budget in budgets)
-    rows = "".join(
-        f"<tr><td>{escape(stage.name)}</td><td>{stage.metrics.accuracy:.1%}</td>"
-        f"<td>{stage.metrics.mean_reasoning_tokens:.1f}</td>"
-        + "".join(f"<td>{stage.accuracy_by_budget[budget]:.0%}</td>" for budget in budgets)
-        + "</tr>"
-        for stage in result.stages
-    )
     samples = result.stages[0].metrics.num_samples
-    return (
-        f"<table><tr><th>{samples} held-out chains</th><th>accuracy</th><th>thought tokens</th>"
-        f"{head}</tr>{rows}</table>"
-    )
+    head = [f"{samples} held-out chains", "accuracy", "thought tokens"]
+    rows = [
+        [
+            stage.name,
+            f"{stage.metrics.accuracy:.1%}",
+            f"{stage.metrics.mean_reasoning_tokens:.1f}",
+            *(f"{stage.accuracy_by_budget[budget]:.0%}" for budget in budgets),
+        ]
+        for stage in result.stages
+    ]
+    return html_table([*head, *(f"budget {budget}" for budget in budgets)], rows)
 
 
 def _trace(trace: Trace) -> str:
@@ -123,12 +103,7 @@ def _answer(answer: Answer) -> str:
 
 
 def _reply(reply: Message, expected: str) -> str:
-    verdict = "right" if reply.content == expected else "wrong"
-    thought = escape(reply.reasoning or "")
-    return (
-        f'<span class="thought">{thought}</span> &rarr; {escape(reply.content)} '
-        f'<span class="{verdict}">{verdict}</span>'
-    )
+    return reply_line(reply.reasoning or "", reply.content, is_right=reply.content == expected)
 
 
 def write_plots(folder: Path, result: DemoResult) -> list[Path]:

@@ -13,8 +13,9 @@ from openm1.data.packing import Example
 from openm1.data.sft import conversation_example
 from openm1.engine.llm import load_tokenizer
 from openm1.envs.base import stable_hash
-from openm1.envs.catalog import make_taskset
+from openm1.envs.catalog import make_levels, make_taskset
 from openm1.envs.chain import ChainTaskset
+from openm1.envs.curriculum import Course, Curriculum, CurriculumConfig
 from openm1.envs.mixture import Mixture
 from openm1.model.config import M1Config, post_norm_config
 from openm1.model.m1 import M1ForCausalLM
@@ -138,6 +139,8 @@ class RLRun:
     init: Path
     families: dict[str, float]
     rl: RLConfig
+    curriculum: CurriculumConfig | None = None
+    """With one, each family begins with its easiest tasks; their rules verify all of them."""
     max_num_seqs: int = 256
 
 
@@ -157,21 +160,24 @@ def run_rl(run: RLRun, title: str, on_step: StepHook | None = None) -> Path:
     """Trains or resumes; returns the last checkpoint."""
     folder = RunFolder.open(run.folder, run)
     model, tokenizer = load_start(run.init)
-    mixture = Mixture(
-        [make_taskset(name) for name in run.families],
-        weights=list(run.families.values()),
-        seed=run.rl.seed,
-    )
     return train_rl_locally(
         model,
         tokenizer,
-        mixture,
+        _mixture(run),
         run.rl,
         folder,
         title=title,
         max_num_seqs=run.max_num_seqs,
         on_step=on_step,
     )
+
+
+def _mixture(run: RLRun) -> Mixture:
+    if run.curriculum is not None:
+        courses = [Course(levels=make_levels(n), weight=w) for n, w in run.families.items()]
+        return Curriculum(courses, run.curriculum, seed=run.rl.seed)
+    tasksets = [make_taskset(name) for name in run.families]
+    return Mixture(tasksets, weights=list(run.families.values()), seed=run.rl.seed)
 
 
 def load_start(path: Path) -> tuple[M1ForCausalLM, Tokenizer]:

@@ -1,5 +1,6 @@
 """Reinforcement learning with CISPO.
 
-Reading order: losses, advantage, batch, stages, config, collect, update, monitor, length_bias,
-loop (one page), local (wiring to the engine).
+Reading order: losses, advantage, batch, stages, config, tasks, queue, collect, update, critic,
+monitor, length_bias, loop (one page), local (wiring to the engine), record and report (a run to
+read).
 """

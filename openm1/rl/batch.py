@@ -26,6 +26,13 @@ class Sample:
     advantage: float
     prompt: int
     """The same for the rollouts of one prompt."""
+    reward: float = 0.0
+    """What the rollout earned, its cost of length taken off."""
+    advantages: tuple[float, ...] = ()
+    """Of each token the policy chose, from a critic; empty is `advantage` for all of them."""
+    experts: tuple[bytes, ...] = ()
+    """Where they were recorded: which experts each token but the last went to, as in `Completion`;
+    the trainer sends it there again."""
     mismatch: tuple[float, ...] = ()
     """Beside the old log-probabilities: what corrects for the sampler's. Empty is no correction."""
 
@@ -135,18 +142,22 @@ def group_samples(
     ]
     advantages = group_advantages(rewards)
     samples = [
-        _sample(rollout, advantage, prompt)
-        for rollout, advantage in zip(counted, advantages, strict=True)
+        _sample(rollout, advantage, reward, prompt)
+        for rollout, advantage, reward in zip(counted, advantages, rewards, strict=True)
         if config.policy(rollout) == "keep"
     ]
     return [sample for sample in samples if sample.num_loss_tokens]
 
 
-def _sample(rollout: Rollout, advantage: float, prompt: int) -> Sample:
+def _sample(rollout: Rollout, advantage: float, reward: float, prompt: int) -> Sample:
     ids: list[int] = []
     mask: list[bool] = []
     logprobs: list[float] = []
+    experts: list[bytes] = []
     for turn in rollout.turns:
+        # What a later turn found in its cache, an earlier one has computed.
+        known, seen = len(experts), turn.completion.experts
+        experts = [seen[i] or (experts[i] if i < known else b"") for i in range(len(seen))]
         new = turn.prompt_ids[len(ids) :]
         assert turn.prompt_ids[: len(ids)] == tuple(ids), "a turn does not extend the one before"
         # A policy that forces nothing may leave `forced` empty.
@@ -160,6 +171,8 @@ def _sample(rollout: Rollout, advantage: float, prompt: int) -> Sample:
         loss_mask=tuple(mask),
         old_logprobs=tuple(logprobs),
         advantage=advantage,
+        reward=reward,
+        experts=tuple(experts),
         prompt=prompt,
     )
 
@@ -177,11 +190,17 @@ class PolicyBatch:
     """[M] int64: which sample of this batch."""
     mismatch: Tensor | None
     """[M] fp32, where the samples have a correction."""
+    experts: Tensor | None
+    """[T, L * K] int64, where the samples have recorded ones; -1 where a token has not."""
 
 
 def pack_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") -> PolicyBatch:
     counts = torch.tensor([sample.num_loss_tokens for sample in samples])
-    advantages = torch.tensor([sample.advantage for sample in samples])
+    advantages = [
+        advantage
+        for sample in samples
+        for advantage in sample.advantages or (sample.advantage,) * sample.num_loss_tokens
+    ]
     old = [logprob for sample in samples for logprob in sample.old_logprobs]
     mismatch = [factor for sample in samples for factor in sample.mismatch]
     index = torch.repeat_interleave(torch.arange(len(samples)), counts)
@@ -189,7 +208,21 @@ def pack_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") 
     return PolicyBatch(
         packed=pack(examples, device),
         old_logprobs=torch.tensor(old, device=device),
-        advantages=advantages[index].to(device),
+        advantages=torch.tensor(advantages, device=device),
         sample_index=index.to(device),
         mismatch=torch.tensor(mismatch, device=device) if mismatch else None,
+        experts=_pack_experts(samples, device),
     )
+
+
+def _pack_experts(samples: Sequence[Sample], device: torch.device | str) -> Tensor | None:
+    width = max((len(row) for sample in samples for row in sample.experts), default=0)
+    if not width:
+        return None
+    free = (-1,) * width
+    rows = [
+        tuple(row) or free
+        for sample in samples
+        for row in sample.experts or (b"",) * (len(sample.token_ids) - 1)
+    ]
+    return torch.tensor(rows, device=device)

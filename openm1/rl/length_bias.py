@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
+from typing import Any
 
 from openm1.envs.genrm import Judgement
 
@@ -90,6 +91,19 @@ class LengthBiasMonitor:
             self._steps.clear()
             self.recalibrate(bias)
         return bias
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint. Judgements of a step that has not ended are not kept: it is redone."""
+        steps = [[asdict(judgement) for judgement in step] for step in self._steps]
+        return {"steps": steps, "num_alarms": self.num_alarms}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._steps.clear()
+        self._steps.extend(
+            [Judgement(**judgement) for judgement in step] for step in state["steps"]
+        )
+        self._now = []
+        self.num_alarms = state["num_alarms"]
 
 
 def length_bias(steps: Iterable[Iterable[Judgement]]) -> LengthBias:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any, Protocol
 
-from openm1.chat.reply import reply_text
 from openm1.chat.template import ChatFormat
 from openm1.common.track import Display, JsonlTracker
 from openm1.envs.mixture import Mixture
 from openm1.model.m1 import M1ForCausalLM
 from openm1.protocols import Policy, WeightSink
 from openm1.rl.batch import Sample, group_samples, has_signal, signal_metrics
-from openm1.rl.collect import TaskStream, collect
+from openm1.rl.collect import collect
 from openm1.rl.config import RLConfig
-from openm1.rl.monitor import rollout_metrics
+from openm1.rl.critic import CriticTrainer
+from openm1.rl.monitor import rollout_metrics, staleness_metrics
+from openm1.rl.queue import Entry, RolloutQueue, group_player
+from openm1.rl.record import write_rollouts
 from openm1.rl.stages import WindowState, advance, late_grad_norm, late_loss, window_tokens
-from openm1.rl.update import UpdatePlan, update_policy
+from openm1.rl.tasks import TaskStream
+from openm1.rl.update import UpdatePlan, measure_agreement, update_policy
 from openm1.train.checkpoint import RunFolder
 from openm1.train.optim import make_optimizer
 from openm1.train.supervised import resume
@@ -27,6 +32,16 @@ from openm1.types import RolloutGroup
 
 SHOWN = ("rollout/reward", "rollout/length_mean_tokens", "rl/entropy_nats", "rl/probability_corr")
 StepHook = Callable[[int, Mapping[str, float]], None]
+
+
+class Stateful(Protocol):
+    """Something beside the model whose state belongs in a checkpoint: a monitor, a judge."""
+
+    def state(self) -> Any:
+        """Plain values and lists and dicts of them."""
+        ...
+
+    def load_state(self, state: Any) -> None: ...
 
 
 async def train_rl(
@@ -40,69 +55,159 @@ async def train_rl(
     *,
     title: str = "rl",
     on_step: StepHook | None = None,
+    stateful: Mapping[str, Stateful] | None = None,
 ) -> Path:
     """Trains `model` in place, resuming where the folder stands; returns the last checkpoint.
 
     Prompts, samples, shuffles and the window depend on (seed, step) and on what a checkpoint holds
-    alone, so a run killed at any moment and resumed gives the curve of one that was not.
+    alone, so a run killed at any moment and resumed gives the curve of one that was not; with
+    `in_flight` other than "wait" it loses nothing, but who is done first is up to the machine.
+    `on_step` is called before a step is saved. With a staleness above 0, `weights` must not share
+    the model's storage: rollouts go on while it is trained.
     """
-    optimizer = make_optimizer(model.parameters(), config.optimizer)
-    tasks, window, first_step = TaskStream(mixture), WindowState(), 0
+    run = _Run(model, chat_format, mixture, policy, weights, config, stateful or {})
     saved = folder.latest()
-    if saved is not None:
-        state = resume(model, optimizer, saved)
-        first_step, window = state["step"], WindowState.from_dict(state["window"])
-        tasks.load_state(state["tasks"])
-    tracker = JsonlTracker(folder.metrics, first_step=first_step)
+    first_step = 0 if saved is None else run.restore(saved)
+    with folder.writing():
+        tracker = JsonlTracker(folder.metrics, first_step=first_step)
     with Display(title, config.num_steps, SHOWN, first_step=first_step) as display:
-        for step in range(first_step, config.num_steps):
-            began = time.perf_counter()
-            weights.load_weights(model.named_parameters(), version=step)
-            tokens = window_tokens(config.growth, window, config.max_response_tokens)
-            groups = await collect(
-                policy, chat_format, tasks, config, step=step, window_tokens=tokens
-            )
-            sampled = time.perf_counter()
-            metrics = rollout_metrics(groups) | signal_metrics(groups, config.batch, tokens)
-            metrics["rollout/window_tokens"] = tokens
-            if samples := _samples(groups, config, tokens):
-                rng = Random(f"{config.seed}/{step}/shuffle")
-                model.train()
-                plan = _plan(config, step, window, chat_format.tokenizer.vocab_size)
-                metrics |= update_policy(model, optimizer, samples, plan, rng)
-                model.eval()
-            metrics["time/sample_s"] = sampled - began
-            metrics["time/train_s"] = time.perf_counter() - sampled
-            window = advance(
-                config.growth,
-                window,
-                perplexity=metrics["rollout/perplexity"],
-                length_p99_tokens=metrics["rollout/longest_reply_p99_tokens"],
-                window_tokens=tokens,
-            )
-            _write_rollouts(folder, step, groups, chat_format)
-            tracker.log(step, metrics)
-            display.log(step, metrics)
-            if on_step is not None:
-                on_step(step, metrics)
-            done = step + 1
-            if done % config.save_every_steps == 0 or done == config.num_steps:
-                state = {"step": done, "tasks": tasks.state(), "window": window.to_dict()}
-                trainer = {**state, "optimizer": optimizer.state_dict()}
-                saved = folder.save(done, model, chat_format.tokenizer, trainer)
+        try:
+            for step in range(first_step, config.num_steps):
+                metrics, groups = await run.step(step)
+                with folder.writing():
+                    write_rollouts(folder.path, step, groups, chat_format.tokenizer)
+                    tracker.log(step, metrics)
+                display.log(step, metrics)
+                if on_step is not None:
+                    on_step(step, metrics)
+                done = step + 1
+                if done % config.save_every_steps == 0 or done == config.num_steps:
+                    saved = folder.save(done, model, chat_format.tokenizer, run.state(done))
+        finally:
+            await run.queue.close()
     weights.load_weights(model.named_parameters(), version=config.num_steps)
     assert saved is not None
     return saved
 
 
-def _samples(groups: list[RolloutGroup], config: RLConfig, window_tokens: int) -> list[Sample]:
-    """What a step learns from."""
-    taught = [g for g in groups if has_signal(g, config.batch) or not config.dynamic_sampling]
+class _Run:
+    """What moves from step to step."""
+
+    def __init__(
+        self,
+        model: M1ForCausalLM,
+        chat_format: ChatFormat,
+        mixture: Mixture,
+        policy: Policy,
+        weights: WeightSink,
+        config: RLConfig,
+        stateful: Mapping[str, Stateful],
+    ) -> None:
+        self.model, self.config, self.weights = model, config, weights
+        self.optimizer = make_optimizer(model.parameters(), config.optimizer)
+        self.window = WindowState()
+        self.vocab_size = chat_format.tokenizer.vocab_size
+        self.tasks = tasks = TaskStream(mixture)
+        self.critic = None if config.critic is None else CriticTrainer(model, config.critic)
+        self.kept: dict[str, Stateful] = {"tasks": tasks, **stateful}
+        if self.critic is not None:
+            self.kept["critic"] = self.critic
+        self.queue = RolloutQueue(tasks, group_player(policy, chat_format, config), config)
+        self._waiting: list[dict[str, Any]] = []
+
+    def state(self, done: int) -> dict[str, Any]:
+        """Beside the model's weights, all of a run that has done so many steps."""
+        return {
+            "step": done,
+            "window": self.window.to_dict(),
+            "queue": self.queue.state(),
+            "kept": {name: part.state() for name, part in self.kept.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, checkpoint: Path) -> int:
+        """Returns the step to go on with."""
+        state = resume(self.model, self.optimizer, checkpoint)
+        self.window = WindowState.from_dict(state["window"])
+        for name, part in self.kept.items():
+            part.load_state(state["kept"][name])
+        self._waiting = state["queue"]
+        return state["step"]
+
+    async def step(self, step: int) -> tuple[dict[str, float], list[RolloutGroup]]:
+        config = self.config
+        began = time.perf_counter()
+        self.weights.load_weights(self.model.named_parameters(), version=step)
+        self.tasks.begin_step(step)
+        # Only now there are weights to play them with.
+        self.queue.load_state(self._waiting, version=step)
+        self._waiting = []
+        tokens = window_tokens(config.growth, self.window, config.max_response_tokens)
+        entries = await collect(self.queue, config, step=step, window_tokens=tokens)
+        sampled = time.perf_counter()
+        groups = [entry.group for entry in entries]
+        metrics = rollout_metrics(groups) | signal_metrics(groups, config.batch, tokens)
+        metrics |= {"rollout/window_tokens": tokens} | staleness_metrics(groups, step)
+        assert metrics["rl/staleness_max"] <= config.max_staleness, "the queue broke its bound"
+        metrics |= self.tasks.observe(groups)
+        samples = _samples(entries, config, every=not config.dynamic_sampling)
+        if samples:
+            metrics |= await self._update(step, samples)
+        elif unused := _samples(entries, config, every=True):
+            plan = _plan(config, step, self.window, self.vocab_size)
+            metrics |= measure_agreement(self.model, unused, plan)
+        metrics |= _times(sampled - began, time.perf_counter() - sampled, groups, samples)
+        if config.in_flight == "wait":
+            await self.queue.settle()
+        self.window = advance(
+            config.growth,
+            self.window,
+            perplexity=metrics["rollout/perplexity"],
+            length_p99_tokens=metrics["rollout/longest_reply_p99_tokens"],
+            window_tokens=tokens,
+        )
+        return metrics, groups
+
+    async def _update(self, step: int, samples: list[Sample]) -> dict[str, float]:
+        rng = Random(f"{self.config.seed}/{step}/shuffle")
+        plan = _plan(self.config, step, self.window, self.vocab_size)
+        work = partial(self._learn, samples, plan, rng)
+        self.model.train()
+        # Rollouts of the steps after this one go on meanwhile.
+        metrics = await asyncio.to_thread(work) if self.config.max_staleness else work()
+        self.model.eval()
+        return metrics
+
+    def _learn(self, samples: list[Sample], plan: UpdatePlan, rng: Random) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        if self.critic is not None:
+            samples, metrics = self.critic.learn(samples, self.config.max_tokens)
+        return metrics | update_policy(self.model, self.optimizer, samples, plan, rng)
+
+
+def _samples(entries: list[Entry], config: RLConfig, *, every: bool) -> list[Sample]:
+    """Those of groups with a signal, or of every group."""
+    taught = [entry for entry in entries if every or has_signal(entry.group, config.batch)]
     return [
         sample
-        for number, group in enumerate(taught)
-        for sample in group_samples(group, number, config.batch, window_tokens)
+        for number, entry in enumerate(taught)
+        for sample in group_samples(entry.group, number, config.batch, entry.window_tokens)
     ]
+
+
+def _times(
+    sample_s: float, train_s: float, groups: list[RolloutGroup], samples: list[Sample]
+) -> dict[str, float]:
+    """Sampled are replies' tokens; trained are those of whole samples, prompts included. Where
+    rollouts run ahead, sampling is the time that was waited for them."""
+    sampled = sum(r.num_completion_tokens for group in groups for r in group.rollouts)
+    trained = sum(len(sample.token_ids) for sample in samples)
+    return {
+        "time/sample_s": sample_s,
+        "time/train_s": train_s,
+        "time/sampled_tokens_per_s": sampled / sample_s,
+        "time/trained_tokens_per_s": trained / train_s,
+    }
 
 
 def _plan(config: RLConfig, step: int, window: WindowState, vocab_size: int) -> UpdatePlan:
@@ -117,24 +222,3 @@ def _plan(config: RLConfig, step: int, window: WindowState, vocab_size: int) -> 
         anchor=config.anchor,
         vocab_size=vocab_size,
     )
-
-
-def _write_rollouts(
-    folder: RunFolder, step: int, groups: list[RolloutGroup], chat_format: ChatFormat
-) -> None:
-    """Every rollout of a step as a line of readable JSON."""
-    target = folder.path / "rollouts"
-    target.mkdir(exist_ok=True)
-    with (target / f"step-{step:06d}.jsonl").open("w") as file:
-        for group in groups:
-            for rollout in group.rollouts:
-                replies = [reply_text(chat_format.tokenizer, t.completion.token_ids)
-                           for t in rollout.turns]  # fmt: skip
-                line = {
-                    "family": group.task.family,
-                    "prompt": group.task.prompt[-1].content,
-                    "replies": replies,
-                    "reward": rollout.reward,
-                    "error": rollout.error,
-                }
-                file.write(json.dumps(line) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -25,6 +26,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     ends = [r.turns[-1].completion.finish_reason for r in good]
     return {
         "rollout/reward": float(rewards.mean()),
+        "rollout/accuracy": float((rewards >= 1).float().mean()),
         "rollout/perplexity": _perplexity(good),
         "rollout/length_mean_tokens": float(lengths.mean()),
         "rollout/length_p99_tokens": float(lengths.quantile(0.99)),
@@ -32,7 +34,31 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "rollout/truncated_share": ends.count("length") / len(good),
         "rollout/repetition_share": ends.count("repetition") / len(good),
         "rollout/error_share": 1 - len(good) / len(rollouts),
+        **error_counts(groups),
     }
+
+
+def staleness_metrics(groups: Sequence[RolloutGroup], version: int) -> dict[str, float]:
+    """How many versions ago the tokens were written, which are learned from at `version`.
+
+    Tokens of a policy that gives no versions do not count.
+    """
+    ages = [
+        float(version - written)
+        for group in groups
+        for rollout in group.rollouts
+        for turn in rollout.turns
+        for written in turn.completion.policy_versions
+    ]
+    return {"rl/staleness_mean": fmean(ages or [0.0]), "rl/staleness_max": max(ages or [0.0])}
+
+
+def error_counts(groups: Sequence[RolloutGroup]) -> dict[str, int]:
+    """Failed rollouts by the border at which they failed, where there are some."""
+    sources = [
+        r.error_source or "unknown" for g in groups for r in g.rollouts if r.error is not None
+    ]
+    return {f"errors/{source}": count for source, count in sorted(Counter(sources).items())}
 
 
 def _perplexity(rollouts: Sequence[Rollout]) -> float:

@@ -17,7 +17,7 @@ from openm1.rl.batch import PolicyBatch, Sample, pack_samples
 from openm1.rl.losses import Loss, RatioAnchor, policy_loss, sample_shares
 from openm1.rl.monitor import agreement_metrics
 from openm1.train.loss import TokenScores, score_tokens
-from openm1.train.step import optimizer_step
+from openm1.train.step import NonFiniteGradient, optimizer_step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,9 @@ def update_policy(
     Their sizes differ by one sample at most; fewer samples than updates make fewer updates. With
     one update the ratio is 1 and every loss is the plain policy gradient. Agreement with the
     sampler is measured where the weights are still the sampler's: on all samples when their
-    log-probabilities are recomputed, else on the first mini-batch.
+    log-probabilities are recomputed, else on the first mini-batch. Where samples are stale, it
+    holds what has been learned since. An update whose gradient is not finite is skipped and
+    counted; if all are, NonFiniteGradient is raised.
     """
     order = list(samples)
     rng.shuffle(order)
@@ -61,19 +63,40 @@ def update_policy(
     count = min(plan.num_updates, len(order))
     bounds = [len(order) * i // count for i in range(count + 1)]
     steps: list[dict[str, float]] = []
+    num_skipped = 0
     for start, end in pairwise(bounds):
         mini_batch = order[start:end]
         step, logprobs = _mini_batch_step(model, optimizer, mini_batch, plan)
+        if step is None:
+            num_skipped += 1
+            continue
         steps.append(step)
         if not metrics:
             metrics = agreement_metrics(logprobs, _old_logprobs(mini_batch))
+    if not steps:
+        raise NonFiniteGradient(
+            f"none of a step's {num_skipped} updates had a finite gradient; the weights are those "
+            "from before it"
+        )
     means = {name: fmean(step[name] for step in steps) for name in steps[0]}
     extremes = {
         "rl/ratio_max": max(step["rl/ratio_max"] for step in steps),
         "rl/weight_max": max(step["rl/weight_max"] for step in steps),
         "rl/weight_min": min(step["rl/weight_min"] for step in steps),
     }
-    return metrics | means | extremes | _allowed_weights(plan) | {"rl/num_updates": len(steps)}
+    counts = {"rl/num_updates": len(steps)}
+    if num_skipped:
+        counts["errors/nonfinite_update"] = num_skipped
+    return metrics | means | extremes | _allowed_weights(plan) | counts
+
+
+def measure_agreement(
+    model: M1ForCausalLM, samples: Sequence[Sample], plan: UpdatePlan
+) -> dict[str, float]:
+    """For a step without an update: agreement on one forward pass of samples."""
+    first = split_by_tokens(samples, plan.max_tokens)[0]
+    trainer = torch.cat(recompute_logprobs(model, first, plan))
+    return agreement_metrics(trainer, _old_logprobs(first))
 
 
 def _allowed_weights(plan: UpdatePlan) -> dict[str, float]:
@@ -100,9 +123,13 @@ def _anchored(sample: Sample, trainer: torch.Tensor, mismatch_cap: float | None)
 
 
 def _score(model: M1ForCausalLM, batch: PolicyBatch, plan: UpdatePlan) -> TokenScores:
-    """As the sampler saw it: the same temperature, the same vocabulary."""
+    """As the sampler saw it: the same temperature, vocabulary and, where recorded, experts."""
     return score_tokens(
-        model, batch.packed, temperature=plan.temperature, vocab_size=plan.vocab_size
+        model,
+        batch.packed,
+        temperature=plan.temperature,
+        vocab_size=plan.vocab_size,
+        experts=batch.experts,
     )
 
 
@@ -128,8 +155,9 @@ def _mini_batch_step(
     optimizer: torch.optim.Optimizer,
     samples: Sequence[Sample],
     plan: UpdatePlan,
-) -> tuple[dict[str, float], torch.Tensor]:
-    """One optimizer step; its metrics, and the log-probabilities from before it."""
+) -> tuple[dict[str, float] | None, torch.Tensor]:
+    """One optimizer step; its metrics, and the log-probabilities from before it. A gradient that
+    is not finite changes nothing, and there are no metrics."""
     counts = [sample.num_loss_tokens for sample in samples]
     num_tokens = sum(counts)
     prompts = [sample.prompt for sample in samples]
@@ -158,12 +186,15 @@ def _mini_batch_step(
         mismatch = 1.0 if batch.mismatch is None else batch.mismatch
         weights.append(result.weights * mismatch)
         ratios.append(result.ratio)
-    grad_norm = optimizer_step(
-        model,
-        optimizer,
-        learning_rate=plan.learning_rate,
-        max_grad_norm=plan.max_grad_norm,
-    )
+    try:
+        grad_norm = optimizer_step(
+            model,
+            optimizer,
+            learning_rate=plan.learning_rate,
+            max_grad_norm=plan.max_grad_norm,
+        )
+    except NonFiniteGradient:
+        return None, torch.cat(logprobs)
     metrics = {
         "train/grad_norm": grad_norm,
         "rl/loss": loss_sum,

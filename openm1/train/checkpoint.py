@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from openm1.chat.tokenizer import Tokenizer
 from openm1.common.config import load_config, save_config, to_jsonable
+from openm1.common.errors import RunStopped
 from openm1.model.m1 import M1ForCausalLM
 
 TRAINER_FILE = "trainer.pt"
@@ -75,18 +79,48 @@ class RunFolder:
         """Writes a checkpoint beside its place, then renames it: it is whole or absent."""
         target = self.checkpoints / f"step-{step:08d}"
         temporary = self.checkpoints / f".step-{step:08d}-{os.getpid()}"
-        for leftover in self.checkpoints.glob(".*"):
-            shutil.rmtree(leftover)
-        model.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        torch.save(trainer, temporary / TRAINER_FILE)
-        if target.exists():
-            _remove(target)
-        temporary.rename(target)
-        for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
-            _remove(old)
+        with self.writing():
+            for leftover in self.checkpoints.glob(".*"):
+                shutil.rmtree(leftover)
+            try:
+                _write(temporary, model, tokenizer, trainer)
+            except (OSError, SafetensorError):
+                # Half a checkpoint on a full disk only keeps others from writing.
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            if target.exists():
+                _remove(target)
+            temporary.rename(target)
+            for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
+                _remove(old)
         return target
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What cannot be written here ends the run with a sentence that says how to go on."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            latest = self.latest()
+            rest = "no checkpoint is whole yet" if latest is None else f"{latest.name} is whole"
+            raise RunStopped(
+                f"{self.path} could not be written or read ({error}); {rest}. Mend that, then give "
+                "the same command to go on from there"
+            ) from error
+
+
+def _write(
+    folder: Path, model: M1ForCausalLM, tokenizer: Tokenizer | None, trainer: dict[str, Any]
+) -> None:
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    with (folder / TRAINER_FILE).open("wb") as file:
+        try:
+            torch.save(trainer, file)
+        except RuntimeError as error:
+            # torch's archive writer, when it is told of a full disk, complains of its own.
+            raise OSError(f"{folder.name}/{TRAINER_FILE}: {error}") from error
 
 
 def _remove(checkpoint: Path) -> None:

@@ -33,13 +33,19 @@ def score_tokens(
     *,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    experts: Int[Tensor, "T LK"] | None = None,
 ) -> TokenScores:
     """Log-probabilities of the targets where the loss mask is set (M places).
+
+    `experts` are K for each layer that tokens go to again, -1 where the router chooses.
 
     With `vocab_size`, ids from there on get no probability, as in sampling: they are rows that pad
     the model's vocabulary and have no text.
     """
-    output = model.model(batch.input_ids, batch.layout)
+    if experts is not None:
+        layers = model.config.num_hidden_layers
+        experts = experts.unflatten(1, (layers, model.config.num_experts_per_tok))
+    output = model.model(batch.input_ids, batch.layout, experts=experts)
     rows = batch.loss_mask.nonzero()[:, 0]
     hidden = output.hidden.index_select(0, rows)
     targets = batch.targets.index_select(0, rows)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from openm1.common.errors import RunStopped
 from openm1.model.m1 import M1ForCausalLM
 
 
-class NonFiniteGradient(RuntimeError):
+class NonFiniteGradient(RunStopped):
     """A step's gradient was not finite; the weights were left as they were."""
 
 

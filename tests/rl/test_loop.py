@@ -16,16 +16,19 @@ from openm1.envs.base import prompt_text
 from openm1.envs.chain import ChainTaskset
 from openm1.envs.mixture import Mixture
 from openm1.model.m1 import M1ForCausalLM
+from openm1.protocols import Policy
 from openm1.recipes.runs import load_start
 from openm1.recipes.vocabulary import nano_tokenizer
 from openm1.rl.batch import BatchConfig, group_samples, has_signal
-from openm1.rl.collect import NoTasksLeft, NoUsableRollouts, TaskStream, collect
+from openm1.rl.collect import NoUsableRollouts, collect
 from openm1.rl.config import RLConfig
 from openm1.rl.local import train_rl_locally
 from openm1.rl.loop import train_rl
 from openm1.rl.losses import CISPO, RatioAnchor
 from openm1.rl.monitor import agreement_metrics
+from openm1.rl.queue import RolloutQueue, group_player
 from openm1.rl.stages import WindowGrowth
+from openm1.rl.tasks import NoTasksLeft, TaskStream
 from openm1.rl.update import UpdatePlan, recompute_logprobs
 from openm1.train.checkpoint import RunFolder, load_trainer_state
 from openm1.train.optim import AdamWConfig
@@ -52,8 +55,19 @@ def sometimes(question: str, seed: int) -> str:
 def collected(policy: WrittenPolicy, config: RLConfig, cursor: int = 0):
     tasks = TaskStream(mixture())
     tasks.cursor = cursor
-    job = collect(policy, nano_format(), tasks, config, step=0, window_tokens=4)
-    return asyncio.run(job), tasks.cursor
+    return collected_groups(policy, tasks, config, window_tokens=4), tasks.cursor
+
+
+def collected_groups(
+    policy: Policy, tasks: TaskStream, config: RLConfig, window_tokens: int
+) -> list[RolloutGroup]:
+    async def run() -> list[RolloutGroup]:
+        queue = RolloutQueue(tasks, group_player(policy, nano_format(), config), config)
+        entries = await collect(queue, config, step=0, window_tokens=window_tokens)
+        assert queue.entries == []
+        return [entry.group for entry in entries]
+
+    return asyncio.run(run())
 
 
 def signals(groups) -> int:
@@ -102,7 +116,7 @@ def test_a_prompt_that_has_been_learned_is_not_drawn_again():
 
 def test_a_stream_retires_at_its_rate_and_remembers_it():
     tasks = TaskStream(mixture())
-    (_, taskset, first), (_, _, second) = tasks.draw(2)
+    first, second = (drawn.task for drawn in tasks.draw(2))
     groups = []
     for task, right in ((first, 9), (second, 8)):
         rollouts = [Rollout(task=task, reward=float(i < right)) for i in range(10)]
@@ -110,8 +124,7 @@ def test_a_stream_retires_at_its_rate_and_remembers_it():
     tasks.retire(groups, 0.9)
     again = TaskStream(mixture())
     again.load_state(tasks.state() | {"cursor": 0})
-    assert taskset.name == "one_digit"
-    assert [task for _, _, task in again.draw(1)] == [second]
+    assert [drawn.task for drawn in again.draw(1)] == [second]
     assert again.cursor == 2
 
 
@@ -122,7 +135,7 @@ class OneTask(OneDigit):
 
 def test_a_stream_that_has_run_dry_says_so():
     tasks = TaskStream(Mixture([OneTask()]))
-    ((_, _, task),) = tasks.draw(1)
+    task = tasks.draw(1)[0].task
     group = RolloutGroup(task=task, rollouts=[Rollout(task=task, reward=1.0)])
     tasks.retire([group], 0.9)
     with pytest.raises(NoTasksLeft, match="1 prompts are retired"):
@@ -192,7 +205,7 @@ def test_some_failed_rollouts_do_not_stop_a_step(tmp_path: Path):
     for line in map(json.loads, lines):
         failed = line["prompt"][0] in "13579"
         assert (line["reward"] is None, line["error"] is not None) == (failed, failed)
-    assert load_trainer_state(last)["tasks"]["cursor"] == rows_drawn(folder)
+    assert load_trainer_state(last)["kept"]["tasks"]["cursor"] == rows_drawn(folder)
 
 
 def rows_drawn(folder: RunFolder) -> int:
@@ -209,6 +222,8 @@ def test_groups_without_signal_are_dropped_only_by_dynamic_sampling(
     for row in read_metrics(folder.metrics):
         assert row["rollout/signal_share"] == 0.0
         assert ("rl/num_updates" in row) is updates
+        # Agreement is watched in every step, also where nothing is learned.
+        assert row["rl/probability_max_difference"] > 0
     assert (moved > 0) is updates
 
 
@@ -228,8 +243,7 @@ def test_sampler_and_trainer_agree_on_probabilities(temperature: float):
     config = replace(CONFIG, max_response_tokens=40, temperature=temperature, max_refills=0)
     chains = Mixture([ChainTaskset()])
     llm = LLM(model, tokenizer=tokenizer)
-    job = collect(llm.policy, nano_format(), TaskStream(chains), config, step=0, window_tokens=40)
-    groups = asyncio.run(job)
+    groups = collected_groups(llm.policy, TaskStream(chains), config, window_tokens=40)
     rewarded = [
         replace(group, rollouts=[replace(r, reward=float(i)) for i, r in enumerate(group.rollouts)])
         for group in groups

@@ -20,7 +20,8 @@ def rollout(reward: float | None, length: int, *, cut: bool = False) -> Rollout:
     )
     error = "broken" if reward is None else None
     turns = (Turn(prompt_ids=(1,), completion=completion),)
-    return Rollout(task=TASK, turns=turns, reward=reward, error=error)
+    source = None if error is None else "env"
+    return Rollout(task=TASK, turns=turns, reward=reward, error=error, error_source=source)
 
 
 def test_failed_rollouts_count_as_errors_and_nothing_else():
@@ -31,6 +32,7 @@ def test_failed_rollouts_count_as_errors_and_nothing_else():
     assert rollout_metrics(groups) == pytest.approx(
         {
             "rollout/reward": 0.5,
+            "rollout/accuracy": 1 / 3,
             "rollout/length_mean_tokens": 20.0,
             "rollout/length_p99_tokens": 29.8,
             "rollout/longest_reply_p99_tokens": 29.8,
@@ -38,6 +40,7 @@ def test_failed_rollouts_count_as_errors_and_nothing_else():
             "rollout/truncated_share": 1 / 3,
             "rollout/repetition_share": 0.0,
             "rollout/error_share": 0.25,
+            "errors/env": 1,
         }
     )
 

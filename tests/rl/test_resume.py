@@ -1,28 +1,35 @@
-"""A run killed with SIGKILL in the middle of CISPO and resumed is the run left alone."""
+"""A run killed with SIGKILL twenty times and resumed each time is the run left alone.
+
+The run is `openm1 rl` itself, in processes forked from one that has imported everything: starting
+an interpreter twenty times would take longer than the training.
+"""
 
 from __future__ import annotations
 
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from openm1.common.track import read_metrics
 
-NUM_STEPS = 16
-SAVE_EVERY = 4
-GROWS_AFTER = 11
-"""Steps in the first window: no checkpoint falls on its end."""
-COMMAND = "import sys; from openm1.cli.main import main; main(sys.argv[1:])"
-PATIENCE_S = 120.0
+NUM_KILLS = int(os.environ.get("OPENM1_KILLS", "20"))
+NUM_STEPS = 2 * NUM_KILLS
+GROWS_AFTER = 7
+"""Steps in the first window."""
+PATIENCE_S = 240.0
 
 
-def start(init: Path, folder: Path) -> subprocess.Popen[bytes]:
-    options = {
+def options(init: Path, folder: Path) -> list[str]:
+    values = {
         "folder": folder,
         "init": init,
         "rl.num-steps": NUM_STEPS,
@@ -35,44 +42,64 @@ def start(init: Path, folder: Path) -> subprocess.Popen[bytes]:
         "rl.growth.near-share": 0.1,
         "rl.growth.perplexity-tolerance": 1.0,
         "rl.optimizer.learning-rate": 1e-3,
-        "rl.save-every-steps": SAVE_EVERY,
+        "rl.save-every-steps": 1,
+        # Each checkpoint holds groups that were sampled ahead and not yet learned from.
+        "rl.max-staleness": 1,
     }
-    arguments = [f"--{name}={value}" for name, value in options.items()]
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "rl", "chain", *arguments],
-        # Sums of several threads may come in another order the second time.
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-    )
+    return [f"--{name}={value}" for name, value in values.items()]
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    _, errors = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, errors.decode()
+def fork(work: Callable[[], None], log: Path) -> int:
+    """The id of a process that does the work, its output in a file."""
+    if child := os.fork():
+        return child
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        work()
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
 
 
-def kill_between_checkpoints(process: subprocess.Popen[bytes], metrics: Path) -> int:
-    """Kills the run once it is two steps or more past its second checkpoint and before its last.
+def drive(init: Path, folder: Path) -> None:
+    """The run left alone, then the run killed; prints how far it was at each kill."""
+    from openm1.cli.main import main
 
-    It is stopped while we look, so that what we see is where it dies. Returns the steps it did.
-    """
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-        if not metrics.exists():
-            continue
-        process.send_signal(signal.SIGSTOP)
-        done = len(read_metrics(metrics))
-        if done > 2 * SAVE_EVERY and done % SAVE_EVERY >= 2:
-            process.kill()
-            process.communicate()
-            assert process.returncode == -signal.SIGKILL
-            return done
-        process.send_signal(signal.SIGCONT)
-    process.kill()
-    raise AssertionError("the run did not get far enough to be killed")
+    def start(target: Path) -> int:
+        arguments = ["rl", "chain", *options(init, target)]
+        return fork(lambda: main(arguments), folder / f"{target.name}.log")
+
+    alone, killed = folder / "alone", folder / "killed"
+    # In this process, so that what it imports and loads need not be loaded twenty times.
+    main(["rl", "chain", *options(init, alone)])
+    rows = read_metrics(alone / "metrics.jsonl")
+    step_s = fmean(row["time/sample_s"] + row["time/train_s"] for row in rows[2:])
+    rng = random.Random(2026)
+    startup_s = 0.0
+    for number in range(NUM_KILLS):
+        began, before = time.monotonic(), last_checkpoint(killed)
+        child = start(killed)
+        if number and rng.random() < 0.25:
+            time.sleep(rng.uniform(0, startup_s))
+        else:
+            wait_for(lambda: last_checkpoint(killed) != before)  # noqa: B023 (called at once)
+            startup_s = time.monotonic() - began
+            time.sleep(rng.uniform(0, 1.5 * step_s))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), f"it ended before kill {number}"
+        print("reached", len(read_metrics(killed / "metrics.jsonl")))
+    assert os.waitpid(start(killed), 0)[1] == 0, (folder / "killed.log").read_text()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < ends, "the run does not go on"
+        time.sleep(0.002)
 
 
 def untimed(metrics: Path) -> list[dict[str, float]]:
@@ -82,27 +109,41 @@ def untimed(metrics: Path) -> list[dict[str, float]]:
     ]
 
 
-def last_checkpoint(folder: Path) -> Path:
-    return max((folder / "checkpoints").glob("step-*"))
+def last_checkpoint(folder: Path) -> Path | None:
+    return max((folder / "checkpoints").glob("step-*"), default=None)
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_like_one_left_alone(tmp_path: Path, guesser: Path):
+def test_a_run_killed_twenty_times_ends_like_one_left_alone(tmp_path: Path, guesser: Path):
+    driven = subprocess.run(
+        [sys.executable, "-m", "tests.rl.test_resume", guesser, tmp_path],
+        # Sums of several threads may come in another order the second time.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE_S,
+    )
+    assert driven.returncode == 0, driven.stderr
+    progress = [int(count) for count in re.findall(r"reached (\d+)", driven.stdout)]
+    assert len(progress) == NUM_KILLS
+    # They struck all over the run, not only at its beginning.
+    assert len(set(progress)) > NUM_KILLS / 3
     alone, killed = tmp_path / "alone", tmp_path / "killed"
-    undisturbed = start(guesser, alone)
-    done = kill_between_checkpoints(start(guesser, killed), killed / "metrics.jsonl")
-    assert SAVE_EVERY < int(last_checkpoint(killed).name[-8:]) < done < NUM_STEPS
-    finish(start(guesser, killed))
-    finish(undisturbed)
-
     rows = untimed(killed / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(NUM_STEPS))
+    assert rows == untimed(alone / "metrics.jsonl")
     windows = [row["rollout/window_tokens"] for row in rows]
     assert windows == [6] * GROWS_AFTER + [7] * (NUM_STEPS - GROWS_AFTER)
-    assert rows == untimed(alone / "metrics.jsonl")
-    assert sum("rl/num_updates" in row for row in rows) > NUM_STEPS / 2
-    ends = [last_checkpoint(folder) for folder in (alone, killed)]
-    assert ends[0].name == ends[1].name == f"step-{NUM_STEPS:08d}"
-    weights, again = ((end / "model.safetensors").read_bytes() for end in ends)
+    assert {row["rl/staleness_max"] for row in rows} == {0.0, 1.0}
+    assert sum("rl/num_updates" in row for row in rows) > NUM_STEPS / 3
+    for name in sorted(path.name for path in (alone / "rollouts").iterdir()):
+        one, other = ((run / "rollouts" / name).read_bytes() for run in (alone, killed))
+        assert one == other
+    end = f"checkpoints/step-{NUM_STEPS:08d}/model.safetensors"
+    weights, again = ((run / end).read_bytes() for run in (alone, killed))
     assert weights == again
     assert weights != (guesser / "model.safetensors").read_bytes()
+
+
+if __name__ == "__main__":
+    drive(Path(sys.argv[1]), Path(sys.argv[2]))

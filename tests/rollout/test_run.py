@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -19,6 +21,8 @@ from openm1.types import (
     SamplingParams,
     StepResult,
     Task,
+    ToolCall,
+    ToolSpec,
 )
 
 TOKENIZER = nano_tokenizer()
@@ -190,6 +194,85 @@ def test_a_task_that_does_not_end_is_ended():
     assert rollout.error == f"not done after {MAX_TURNS} turns"
     assert (rollout.reward, len(rollout.turns)) == (None, MAX_TURNS)
     assert taskset.envs[0].num_closed == 1
+
+
+ADD = ToolSpec(name="add", description="a + b", parameters={"type": "object"})
+SUM_TASK = Task(
+    family="sum", prompt=(Message(role="user", content="17 +25"),), answer="42", tools=(ADD,)
+)
+
+
+class SumEnv:
+    """Carries out calls of `add`, two at once if asked, until an answer comes without a call."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+
+    async def start(self) -> list[Message]:
+        return list(SUM_TASK.prompt)
+
+    async def step(self, reply: Message) -> StepResult:
+        if not reply.tool_calls:
+            return StepResult(reward=float(reply.content == SUM_TASK.answer))
+        results = []
+        for call in reply.tool_calls:
+            self.calls.append((call.name, call.arguments))
+            total = sum(json.loads(call.arguments).values())
+            results.append(
+                Message(role="tool", name=call.name, tool_call_id=call.id, content=str(total))
+            )
+        return StepResult(reward=0.0, done=False, messages=tuple(results))
+
+    async def close(self) -> None:
+        pass
+
+
+class Sums:
+    name = "sum"
+
+    def __init__(self) -> None:
+        self.env = SumEnv()
+
+    def make_env(self, task: Task) -> SumEnv:
+        return self.env
+
+
+def test_tools_are_offered_called_and_answered_and_only_what_was_written_is_learned():
+    # A call as no renderer would write it: blanks, and characters that could be longer tokens.
+    block = '<tool_calls>\n{"name":  "add", "arguments": {"a": 17,"b":25}}\n</tool_calls>'
+    odd = [*(ord(c) for c in f"so: {block}"), EOS]
+    policy, taskset = ScriptedPolicy(odd, "<think>42 it is</think>42"), Sums()
+    chat_format = chat_format_for(TOKENIZER)
+    rollout = asyncio.run(
+        run_rollout(policy, taskset, SUM_TASK, chat_format, SamplingParams(seed=1))  # pyright: ignore
+    )
+    assert (rollout.reward, rollout.error) == (1.0, None)
+    assert taskset.env.calls == [("add", '{"a": 17, "b": 25}')]
+    first, second = rollout.turns
+    assert first.prompt_ids == tuple(chat_format.encode(SUM_TASK.prompt, [ADD]))
+    assert "add" in TOKENIZER.decode(first.prompt_ids)
+    # The call stands in the next prompt as it was sampled, though rendered it would read otherwise.
+    past = first.prompt_ids + first.completion.token_ids
+    assert second.prompt_ids[: len(past)] == past
+    call = ToolCall(name="add", arguments='{"a": 17, "b": 25}', id="call_0")
+    told = [
+        *SUM_TASK.prompt,
+        Message(role="assistant", content="so:", tool_calls=(call,)),
+        Message(role="tool", name="add", tool_call_id="call_0", content="42"),
+    ]
+    rendered = tuple(chat_format.encode(told, [ADD]))
+    assert rendered[: len(past)] != past
+    answered = second.prompt_ids[len(past) :]
+    assert "42" in TOKENIZER.decode(answered)
+    assert rendered[-len(answered) :] == answered
+    (sample, _) = group_samples(
+        RolloutGroup(task=SUM_TASK, rollouts=[rollout, replace(rollout, reward=0.0)]),
+        0,
+        BatchConfig(),
+        window_tokens=1000,
+    )
+    learned = [t for t, flag in zip(sample.token_ids, sample.loss_mask, strict=True) if flag]
+    assert learned == [*odd, *second.completion.token_ids]
 
 
 class Forgetful(ChatFormat):
