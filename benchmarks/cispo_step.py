@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import tempfile
 import time
@@ -103,13 +104,16 @@ def cispo_race(python: str, families: tuple[str, ...], recipe: RLConfig, threads
     job |= _trl_settings(llm, mixture, config)
     peer.ask({"train": job})
     tokens: dict[str, float] = {}
+    cpu_s: dict[str, list[float]] = {OURS: [], "TRL": []}
 
     def ours() -> float:
         """The second step of a run; the first makes room in memory."""
         ends: list[float] = []
+        cpu_ends: list[float] = []
 
         def note(step: int, metrics: Mapping[str, float]) -> None:
             ends.append(time.perf_counter())
+            cpu_ends.append(time.process_time())
             tokens[OURS] = metrics["rollout/length_mean_tokens"]
 
         model = M1ForCausalLM(llm.model.config)
@@ -117,17 +121,22 @@ def cispo_race(python: str, families: tuple[str, ...], recipe: RLConfig, threads
         with tempfile.TemporaryDirectory() as path:
             run = RunFolder.open(path, config)
             train_rl_locally(model, tokenizer, mixture, config, run, on_step=note)
+        cpu_s[OURS].append(cpu_ends[1] - cpu_ends[0])
         return ends[1] - ends[0]
 
     def theirs() -> float:
         done = peer.ask({"step": 1})
         tokens["TRL"] = done["tokens"] / (config.num_prompts * config.group_size)
+        cpu_s["TRL"].append(done["cpu_s"])
         return done["seconds"]
 
     def close() -> None:
         peer.close()
         folder.cleanup()
-        print("mean tokens of a reply: " + ", ".join(f"{k} {v:.1f}" for k, v in tokens.items()))
+        # Processor time hardly depends on what else runs on the machine.
+        for name, spent in cpu_s.items():
+            median = statistics.median(spent)
+            print(f"{name}: {median:.2f} CPU seconds a step, {tokens[name]:.1f} tokens a reply")
 
     # Nominal, the same for both: the ratio of rates is then that of seconds.
     num_tokens = config.num_prompts * config.group_size * config.max_response_tokens

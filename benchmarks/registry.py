@@ -6,11 +6,12 @@ A `Report` measures something else of ours, once.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -174,6 +175,43 @@ def big_prefill(goal: float, threads: int) -> Race:
     return big_race(ask, big_contestants(1, 2048, threads), 2048, goal)
 
 
+@cache
+def both_on_vllm(threads: int) -> list[VllmPeer]:
+    """The plugin and another mixture of experts of vLLM's own in the same engine, started once for
+    all cases. In CPU time: their turns are long, and a machine is seldom quiet."""
+    made: list[Any] = []
+    with closing_on_error(made):
+        room = {"max_batch": 32, "max_context": 2560, "threads": threads, "cpu_time": True}
+        made.append(VllmPeer(shape_315m(), plugin=True, **room))
+        made.append(VllmPeer(shape_315m(), **room))
+    for one in made:
+        atexit.register(one.close)
+    return made
+
+
+def on_vllm(ask: Callable[[Peer], Seconds], num_tokens: int, threads: int) -> Race:
+    ours, peer = both_on_vllm(threads)
+    return Race(
+        num_tokens=num_tokens,
+        contestants={OURS: ask(ours), peer.name: ask(peer)},
+        goals={peer.name: 0.95},
+    )
+
+
+def vllm_decode(batch: int, threads: int) -> Race:
+    def ask(one: Peer) -> Seconds:
+        return lambda: one.decode_s(batch, 256, 32)
+
+    return on_vllm(ask, batch * 32, threads)
+
+
+def vllm_prefill(threads: int) -> Race:
+    def ask(one: Peer) -> Seconds:
+        return lambda: one.prefill_s(2048)
+
+    return on_vllm(ask, 2048, threads)
+
+
 def fork(threads: int) -> Race:
     """Prefill of 16 samples of one prompt of 4096 tokens, and of 16 different ones."""
     ours = OpenM1(random_weights(nano_shape(), torch.float32))
@@ -247,6 +285,16 @@ CASES: dict[str, Case] = {
         for batch, goal in ((1, 1.2), (8, 2.0), (32, 4.0))
     },
     "prefill-315m": Case(about="prefill, 315 M bf16, 2048 tokens", race=partial(big_prefill, 6.0)),
+    **{
+        f"vllm-decode-b{batch}": Case(
+            about=f"the plugin in vLLM, decode, 315 M bf16, batch {batch}",
+            race=partial(vllm_decode, batch),
+        )
+        for batch in (1, 8, 32)
+    },
+    "vllm-prefill": Case(
+        about="the plugin in vLLM, prefill, 315 M bf16, 2048 tokens", race=vllm_prefill
+    ),
     "fork": Case(about="16 samples of one 4096-token prompt against 16 cold", race=fork),
     **{
         f"server-{kind}": Case(

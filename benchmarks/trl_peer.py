@@ -6,7 +6,7 @@ It imports nothing of this project. Jobs come as one JSON line each, answers go 
     {"loss": FILE, "model": FOLDER, "cap": 1.5, "gradient": FOLDER}   ->  OPENM1 {"loss": 0.3}
     {"train": {"model": FOLDER, "prompts": [..], "answers": [..], "group_size": 16, ...}}
                                              ->  OPENM1 {"ready": true}
-    {"step": 1}                              ->  OPENM1 {"seconds": 4.2, "tokens": 5120}
+    {"step": 1}            ->  OPENM1 {"seconds": 4.2, "cpu_s": 4.1, "tokens": 5120}
 
 FILE holds the tensors of one batch as torch.save writes them. A step is one batch of rollouts and
 all updates on it.
@@ -131,19 +131,22 @@ def train(job: dict[str, Any]) -> None:
     orders = wait_for_orders()
 
     class Steps(TrainerCallback):
-        began = 0.0
+        began = cpu_began = 0.0
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             nonlocal num_tokens
             if state.global_step % job["num_updates"]:
                 return
             if state.global_step:
-                answer({"seconds": time.perf_counter() - self.began, "tokens": num_tokens})
+                seconds = time.perf_counter() - self.began
+                cpu_s = time.process_time() - self.cpu_began
+                answer({"seconds": seconds, "cpu_s": cpu_s, "tokens": num_tokens})
             else:
                 answer({"ready": True})
             if next(orders, None) is None:
                 os._exit(0)
             num_tokens, self.began = 0, time.perf_counter()
+            self.cpu_began = time.process_time()
 
     data = Dataset.from_dict({"prompt": job["prompts"], "answer": job["answers"]})
     batch = job["num_prompts"] * job["group_size"]

@@ -54,6 +54,24 @@ class ChatFormat(ABC):
     ) -> list[int]:
         return self._ids(self.segments(messages, tools, add_generation_prompt))[0]
 
+    def encode_prompt(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()
+    ) -> tuple[list[int], int | None]:
+        """(the prompt of the next reply, how many of its ids are the conversation so far).
+
+        The later turn may leave out a thought that follows here; then its prompt differs from this
+        one behind those. None where a template writes the two differently from an earlier place on.
+        """
+        segments = self.segments(messages, tools, True)
+        so_far = self.segments(messages, tools, False)
+        behind = segments[len(so_far) :]
+        if segments[: len(so_far)] == so_far and behind and behind[0].token_id is not None:
+            # No run of text spans the two, so neither need be encoded twice.
+            ids, _ = self._ids(so_far)
+            return ids + self._ids(behind)[0], len(ids)
+        ids, before = self._ids(segments)[0], self._ids(so_far)[0]
+        return ids, len(before) if ids[: len(before)] == before else None
+
     def encode_with_mask(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()
     ) -> tuple[list[int], list[bool]]:

@@ -49,6 +49,11 @@ class ThoughtSplitter:
     def in_thought(self) -> bool:
         return self._state == "thought"
 
+    @property
+    def in_answer(self) -> bool:
+        """Whether the answer's first character has come."""
+        return self._state == "answer" and not self._skip_blanks
+
     def push(self, text: str) -> list[tuple[Part, str]]:
         self._held += text
         pieces: list[tuple[Part, str]] = []

@@ -17,13 +17,16 @@ one line break stays where there is text on both sides.
 from __future__ import annotations
 
 import json
-from typing import Any, NoReturn
+from abc import ABC, abstractmethod
+from typing import Any, Generic, NoReturn, TypeVar
 
 from openm1.chat.thinking import partial_suffix
 from openm1.types import ToolCall
 
 TOOL_CALLS_OPEN = "<tool_calls>"
 TOOL_CALLS_CLOSE = "</tool_calls>"
+
+C = TypeVar("C")
 
 
 def parse_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
@@ -51,15 +54,15 @@ def normal_arguments(arguments: str) -> str:
         raise ValueError(f"tool arguments must be a JSON object, got {arguments!r}") from error
 
 
-class ToolCallParser:
-    """`parse_tool_calls` for text that arrives in pieces.
+class CallLines(ABC, Generic[C]):
+    """Text apart from calls, of which each is a `C`, in text that arrives in pieces.
 
-    `push` and `flush` return text (str) and complete calls (ToolCall) in order. A call leaves when
-    its line ends. Lines that come before a block's first call wait for it.
+    `push` and `flush` return text (str) and calls in order. A call leaves when its line ends. Lines
+    that come before a block's first call wait for it.
     """
 
-    def __init__(self, *, first_index: int = 0) -> None:
-        self._next_index = first_index
+    def __init__(self) -> None:
+        self._next_index = 0
         self._held = ""
         self._in_block = False
         self._blanks_before = ""
@@ -71,16 +74,16 @@ class ToolCallParser:
         self._any_text = False
         self._after_block = False
 
-    def push(self, text: str) -> list[str | ToolCall]:
+    def push(self, text: str) -> list[str | C]:
         self._held += text
-        items: list[str | ToolCall] = []
+        items: list[str | C] = []
         while self._step_block(items) if self._in_block else self._step_text(items):
             pass
         return items
 
-    def flush(self) -> list[str | ToolCall]:
+    def flush(self) -> list[str | C]:
         """What was held back because more could have followed."""
-        items: list[str | ToolCall] = []
+        items: list[str | C] = []
         while self._in_block:
             self._step_block(items, at_end=True)
             items += self.push("")
@@ -88,7 +91,7 @@ class ToolCallParser:
         self._held = ""
         return items
 
-    def _step_text(self, items: list[str | ToolCall]) -> bool:
+    def _step_text(self, items: list[str | C]) -> bool:
         """Emits what is surely content; True when a block has opened."""
         before, opened, after = self._held.partition(TOOL_CALLS_OPEN)
         if opened:
@@ -104,7 +107,7 @@ class ToolCallParser:
         self._emit(items, ready)
         return bool(opened)
 
-    def _step_block(self, items: list[str | ToolCall], *, at_end: bool = False) -> bool:
+    def _step_block(self, items: list[str | C], *, at_end: bool = False) -> bool:
         """Takes one line of the block; True when there may be more to take."""
         found = self._line.end(self._held)
         if found is None:
@@ -117,8 +120,8 @@ class ToolCallParser:
             # The tag looked quoted, but the line is broken: take the tag at its word.
             end, tag = self._held.index(TOOL_CALLS_CLOSE), TOOL_CALLS_CLOSE
             calls = _parse_line(self._held[:end])
-        line, self._held = self._held[:end], self._held[end + len(tag) :]
-        self._line = _LineScan()
+        line = self._held[:end]
+        self._restart_line(self._held[end + len(tag) :])
         self._block_text += line + tag
         self._take_line(items, line, calls)
         if tag != "\n":
@@ -127,24 +130,34 @@ class ToolCallParser:
                 self._emit(items, self._blanks_before + self._block_text)
         return True
 
+    def _restart_line(self, held: str) -> None:
+        self._held, self._line = held, _LineScan()
+
     def _take_line(
-        self, items: list[str | ToolCall], line: str, calls: list[tuple[str, str]] | None
+        self, items: list[str | C], line: str, calls: list[tuple[str, str]] | None
     ) -> None:
         if calls is None:
             self._odd_lines.append(line.strip())
         if calls:
             self._block_has_call = True
         if self._block_has_call:
-            self._after_block = True
-            for odd_line in self._odd_lines:
-                self._emit(items, odd_line)
-                self._after_block = True
-            self._odd_lines = []
+            self._release_odd_lines(items)
         for name, arguments in calls or ():
-            items.append(ToolCall(name=name, arguments=arguments, id=f"call_{self._next_index}"))
+            items.append(self._call(self._next_index, name, arguments))
             self._next_index += 1
 
-    def _emit(self, items: list[str | ToolCall], text: str) -> None:
+    def _release_odd_lines(self, items: list[str | C]) -> None:
+        """Lines that are no calls, once their block has a call."""
+        self._after_block = True
+        for odd_line in self._odd_lines:
+            self._emit(items, odd_line)
+            self._after_block = True
+        self._odd_lines = []
+
+    @abstractmethod
+    def _call(self, index: int, name: str, arguments: str) -> C: ...
+
+    def _emit(self, items: list[str | C], text: str) -> None:
         if self._after_block:
             text = text.lstrip()
         if not text:
@@ -153,6 +166,13 @@ class ToolCallParser:
             text = "\n" + text
         self._any_text, self._after_block = True, False
         items.append(text)
+
+
+class ToolCallParser(CallLines[ToolCall]):
+    """`parse_tool_calls` for text that arrives in pieces."""
+
+    def _call(self, index: int, name: str, arguments: str) -> ToolCall:
+        return ToolCall(name=name, arguments=arguments, id=f"call_{index}")
 
 
 class _LineScan:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from openm1.engine.engine import Engine, InFlight
 from openm1.engine.request import Request
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 # Small models step faster than threads take turns, so the worker goes on while nobody waits for
 # news; longer than this nobody should wait for it.
 TURN_S = 0.02
+# To hand over one burst of one stream costs some 0.1 ms, so that many streams wait longer for each,
+# but not so long that a reader sees it stutter.
+MAX_BURSTS_PER_S = 400
+LONGEST_BURST_S = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One token of a stream."""
 
     token_id: int
@@ -58,8 +61,9 @@ class EnginePolicy:
     """`protocols.Policy` and `protocols.WeightSink` over an embedded engine.
 
     Requests made in one pass of the event loop are batched together. Cancelling a caller aborts its
-    request as soon as the running step ends. An error of the engine ends every request that is
-    waiting for it, and the next ones are served. The engine is touched by the worker thread alone,
+    request as soon as the running step ends. A request that fails alone raises RequestFailed for
+    its caller; an error of the engine ends every request that is waiting for it, and the next ones
+    are served. The engine is touched by the worker thread alone,
     so the event loop stays free while it computes.
     """
 
@@ -73,7 +77,8 @@ class EnginePolicy:
         """The tokenizer is there to find stop strings; without one they are refused.
 
         Streams get what has come in `burst_s` together, a reply's first token and its end at once:
-        a small model writes faster than one can hand over its tokens one by one.
+        a small model writes faster than one can hand over its tokens one by one. Many streams wait
+        longer, up to `LONGEST_BURST_S`. 0 hands over each token.
         """
         self.engine = engine
         self.tokenizer = tokenizer
@@ -240,9 +245,10 @@ class EnginePolicy:
             try:
                 news = [event for caller in callers for event in self._admit(caller)]
                 ends = time.monotonic() + TURN_S
+                burst_s = self._burst_s_for(sum(caller.wants_tokens for caller in callers))
                 while True:
                     now = time.monotonic()
-                    is_due = now - self._last_burst >= self.burst_s
+                    is_due = now - self._last_burst >= burst_s
                     news += [(c, event) for c in callers for event in self._news(c, is_due)]
                     if news and is_due:
                         self._last_burst = now
@@ -253,6 +259,11 @@ class EnginePolicy:
                 for caller in callers:
                     self._let_go(caller)
                 return [(caller, error) for caller in callers]
+
+    def _burst_s_for(self, num_streams: int) -> float:
+        if self.burst_s == 0:
+            return 0.0
+        return max(self.burst_s, min(num_streams / MAX_BURSTS_PER_S, LONGEST_BURST_S))
 
     def _admit(self, caller: _Caller) -> list[tuple[_Caller, Event]]:
         if caller.left:
@@ -280,6 +291,9 @@ class EnginePolicy:
         request = caller.request
         if caller.over or request is None:
             return []
+        if request.error is not None:
+            caller.over = True
+            return [request.error]
         news: list[Event] = []
         is_due = is_due or caller.num_shown == 0 or request.finish_reason is not None
         num_tokens = len(request.output_ids)

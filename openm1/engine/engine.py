@@ -15,7 +15,8 @@ from openm1.common.device import available_memory_bytes
 from openm1.engine.admission import make_request
 from openm1.engine.cache.hybrid import CachedSequence, CacheSizes, HybridCache
 from openm1.engine.config import EngineConfig, SpecialTokens
-from openm1.engine.request import Request
+from openm1.engine.draw import BadLogits
+from openm1.engine.request import Request, RequestFailed
 from openm1.engine.runner import Runner, TorchRunner
 from openm1.engine.sampler import Choice, choose, sampling_row
 from openm1.engine.scheduler import Scheduler
@@ -155,6 +156,7 @@ class Engine:
     def step(self) -> list[Request]:
         """One pass: a token for each running request, some of the prompts; returns what finished.
 
+        A request whose logits are no distribution ends with an `error`; the others go on.
         After an error, Ctrl-C included, all requests wait to be computed again: abort them, or go
         on.
         """
@@ -172,11 +174,13 @@ class Engine:
                     self._runner.prefill([(sequence_of(r), ids) for r, ids in pieces])
                     places = [(c.request, p) for c in plan.prefill for p in range(c.start, c.end)]
                     self._note_experts(places)
-                choice = self._choose(plan.decode) if plan.decode else None
+                sound, choice = self._choose(plan.decode)
                 self._note_experts([(request, request.num_tokens - 1) for request in plan.decode])
                 books_are_whole = False
                 self._scheduler.ran(plan)
-                done = self._take(plan.decode, choice) if choice is not None else []
+                done = self._take(sound, choice)
+                if len(sound) < len(plan.decode):
+                    done += self._fail(set(plan.decode) - set(sound))
                 self._settle()
                 return done
             except BaseException:
@@ -189,12 +193,21 @@ class Engine:
         self._runner.apply(cache.take_orders())
         self._runner.pools.release(*cache.take_freed())
 
-    def _choose(self, requests: list[Request]) -> Choice:
+    def _choose(self, requests: list[Request]) -> tuple[list[Request], Choice]:
+        """Those of the requests whose logits are sound, and a token for each of them."""
+        if not requests:
+            return [], Choice(tokens=[], logprobs=[], top_logprobs=[])
         newest = [request.newest_id for request in requests]
         logits = self._runner.decode(newest, [sequence_of(request) for request in requests])
         rows = [sampling_row(r.params, r.output_ids, r.thought, r.adjustment) for r in requests]
-        plain = self._runner.sample
-        return choose(logits, rows, vocab_size=self.tokens.vocab_size, plain=plain)
+        vocab_size, plain = self.tokens.vocab_size, self._runner.sample
+        while True:
+            try:
+                return requests, choose(logits, rows, vocab_size=vocab_size, plain=plain)
+            except BadLogits as error:
+                sound = [i for i in range(len(requests)) if i not in error.rows]
+                requests, rows = [requests[i] for i in sound], [rows[i] for i in sound]
+                logits = logits[sound]
 
     def _take(self, requests: list[Request], choice: Choice) -> list[Request]:
         """Appends each request's token; returns those it was the last token of."""
@@ -208,6 +221,23 @@ class Engine:
                 self._scheduler.finish(request)
                 done.append(request)
         return done
+
+    def _fail(self, requests: Iterable[Request]) -> list[Request]:
+        """Ends requests whose logits are no distribution.
+
+        Their caches may hold what made them so, and so may the prefixes that came of those.
+        """
+        self._scheduler.cache.clear()
+        for request in requests:
+            request.error = RequestFailed(
+                f"after {len(request.output_ids)} tokens the model's logits for this request are "
+                "NaN, infinite or all minus infinity: its weights are not finite, or all tokens "
+                "are excluded"
+            )
+            request.finish_reason = "abort"
+            del self._live[request]
+            self._scheduler.abort(request)
+        return list(requests)
 
     def _note_experts(self, places: list[tuple[Request, int]]) -> None:
         """Of what the runner has just computed, in its order. A position that is computed again

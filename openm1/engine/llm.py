@@ -131,7 +131,8 @@ class LLM:
         """`params.n` completions for each prompt, prompts being text or token ids.
 
         In text, special tokens written out are taken as such: this is the raw interface, `chat` is
-        the safe one. `on_progress` is called after every step.
+        the safe one. `on_progress` is called after every step. Raises RequestFailed, and gives up
+        the others, when one of them cannot go on.
         """
         params = params or SamplingParams()
         groups: list[list[Request]] = []
@@ -143,6 +144,7 @@ class LLM:
                     group.append(self._submit(ids, each))
             while any(r.finish_reason is None for group in groups for r in group):
                 self.engine.step()
+                _raise_errors(r for group in groups for r in group)
                 if on_progress is not None:
                     on_progress(_progress(groups))
         finally:
@@ -182,11 +184,8 @@ class LLM:
         aborts the request.
         """
         params = params or SamplingParams()
-        ids = self.chat_format.encode(messages, tools, add_generation_prompt=True)
-        # The next turn may leave out the thought that follows here, and then differs from this one
-        # behind the conversation so far.
-        so_far = self.chat_format.encode(messages, tools, add_generation_prompt=False)
-        marks = (len(so_far),) if ids[: len(so_far)] == so_far else ()
+        ids, so_far = self.chat_format.encode_prompt(messages, tools)
+        marks = () if so_far is None else (so_far,)
         request = self._submit(ids, params, snapshot_at=marks)
         try:
             yield from self._stream_pieces(request, on_progress)
@@ -206,6 +205,7 @@ class LLM:
         shown = 0
         while request.finish_reason is None:
             self.engine.step()
+            _raise_errors([request])
             if on_progress is not None:
                 on_progress(_progress([[request]]))
             new = request.output_ids[shown:]
@@ -263,6 +263,12 @@ def _split_n(params: SamplingParams) -> list[SamplingParams]:
         return [params]
     seed = params.seed if params.seed is not None else secrets.randbits(63)
     return [replace(params, n=1, seed=child_seed(seed, i)) for i in range(params.n)]
+
+
+def _raise_errors(requests: Iterable[Request]) -> None:
+    for request in requests:
+        if request.error is not None:
+            raise request.error
 
 
 def _progress(groups: Sequence[Sequence[Request]]) -> Progress:

@@ -12,6 +12,10 @@ from openm1.engine.thinking import ThoughtTracker
 from openm1.types import FinishReason, SamplingParams
 
 
+class RequestFailed(RuntimeError):
+    """One request cannot go on. Those that ran beside it can."""
+
+
 @dataclass(kw_only=True, eq=False)
 class Request:
     """Mutable bookkeeping; `params.n` is 1 and `params.seed` is set. Equal only to itself."""
@@ -28,6 +32,8 @@ class Request:
     forced: list[bool] = field(default_factory=list)
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: RequestFailed | None = None
+    """Why it was aborted, where that was the engine's doing."""
     policy_versions: list[int] = field(default_factory=list)
     """Per output token, which weights wrote it."""
     experts: dict[int, bytes] = field(default_factory=dict)

@@ -117,10 +117,12 @@ class ThoughtTracker:
 
     @property
     def opening_token(self) -> int | None:
-        """The token that would carry on the opening marker, while a thought may yet begin."""
-        if self.phase != "before" or self._forced_end == "off":
-            return None
-        return self._opening[len(self._recent)]
+        """The token that would carry on the opening marker, while a thought may yet begin.
+
+        Also with `thinking` False: a thought that the model opens is then closed at once, so that
+        the reply begins with an empty one, as `chat.format` writes it.
+        """
+        return self._opening[len(self._recent)] if self.phase == "before" else None
 
     def observe(self, token: int) -> None:
         """Takes the next token of the reply, sampled or forced."""

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from random import Random
 
+from openm1.protocols import Env
 from openm1.types import Message, StepResult, Task
 
 HELD_OUT_ONE_IN = 10
@@ -94,7 +95,7 @@ class SingleTurnTaskset(ABC):
             tasks.append(task)
         return tasks
 
-    def make_env(self, task: Task) -> QuestionEnv:
+    def make_env(self, task: Task) -> Env:
         return QuestionEnv(self, task)
 
     def validate(self, task: Task) -> None:

@@ -230,6 +230,47 @@ class REINFORCE:
         return torch.ones_like(ratio)
 
 
+def praise_weights(
+    ratio: Float[Tensor, " M"],
+    advantages: Float[Tensor, " M"],
+    *,
+    eps_is_high: float,
+    blame: float,
+) -> Float[Tensor, " M"]:
+    """The ratio up to a cap, times `blame` where the advantage is negative."""
+    weight = ratio.detach().clamp(max=1 + eps_is_high)
+    return torch.where(advantages < 0, blame * weight, weight)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Praise:
+    """CISPO in which replies below their group's mean count for less than those above it.
+
+    Ours. A wrong reply blames all of its tokens, most of which were right: at a high learning rate
+    that is what undoes what the model could do (docs/cispo.md). Rare tokens keep growing, since
+    better replies have more of those that help. Without any blame, habits that are wrong and
+    frequent stay. Near to it: TOPR (arXiv 2503.14286), whose weights are 1 above the mean and at
+    most 1 below.
+    """
+
+    eps_is_high: float = 4.0
+    blame: float = 0.25
+    """The factor on negative advantages, 0 to 1; 1 is CISPO."""
+    aggregation: Aggregation = "token"
+
+    def __post_init__(self) -> None:
+        _check(self, "eps_is_high", "blame")
+        if self.blame > 1:
+            raise ValueError(f"blame is {self.blame}; allowed is 0 to 1")
+
+    @property
+    def weight_interval(self) -> tuple[float, float]:
+        return _interval(math.inf, self.eps_is_high)
+
+    def token_weights(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+        return praise_weights(ratio, advantages, eps_is_high=self.eps_is_high, blame=self.blame)
+
+
 def _interval(eps_is_low: float, eps_is_high: float) -> tuple[float, float]:
     """A ratio is never negative, so neither is a weight."""
     return max(0.0, 1 - eps_is_low), 1 + eps_is_high
@@ -246,7 +287,7 @@ def _masked_ratio(ratio: Tensor, advantages: Tensor, eps_low: float, eps_high: f
     )
 
 
-Loss = CISPO | DAPO | GRPO | PPO | REINFORCE | Unified
+Loss = CISPO | DAPO | GRPO | PPO | Praise | REINFORCE | Unified
 
 
 def sample_shares(

@@ -20,8 +20,6 @@ from openm1.server.protocol import (
     ChatRequest,
     Count,
     FlatToolParam,
-    JsonSchemaFormat,
-    NamedFunction,
     NamedToolChoice,
     OpenBody,
     OutputConfig,
@@ -30,6 +28,7 @@ from openm1.server.protocol import (
     TextPart,
     ThinkingOptions,
     ToolChoice,
+    chat_request,
 )
 
 
@@ -108,18 +107,9 @@ def as_chat(request: CountTokensRequest) -> ChatRequest:
             "messages",
         )
     choice = request.tool_choice
-    fields: dict[str, Any] = {
-        "model": request.model,
-        "messages": [*_system(request), *(m for each in request.messages for m in _turns(each))],
-        "tools": _tools(request.tools),
-        "tool_choice": None if choice is None else _tool_choice(choice),
-        "parallel_tool_calls": choice and not choice.disable_parallel_tool_use,
-        "thinking": request.thinking,
-        "output_config": request.output_config,
-        "response_format": _response_format(request.output_config),
-    }
+    sampling: dict[str, Any] = {}
     if isinstance(request, MessagesRequest):
-        fields |= {
+        sampling = {
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
@@ -127,8 +117,16 @@ def as_chat(request: CountTokensRequest) -> ChatRequest:
             "stop": request.stop_sequences,
             "stream": request.stream,
         }
-    return ChatRequest.model_construct(
-        **{name: value for name, value in fields.items() if value is not None}
+    return chat_request(
+        model=request.model,
+        messages=[*_system(request), *(m for each in request.messages for m in _turns(each))],
+        tools=_tools(request.tools),
+        tool_choice=None if choice is None else _tool_choice(choice),
+        parallel_tool_calls=choice and not choice.disable_parallel_tool_use,
+        thinking=request.thinking,
+        output_config=request.output_config,
+        response_format=_response_format(request.output_config),
+        **sampling,
     )
 
 
@@ -197,7 +195,7 @@ def _tool_choice(choice: AnthropicToolChoice) -> ToolChoice:
     if choice.type == "tool":
         if not choice.name:
             raise bad_request("tool_choice of type tool needs a name", "tool_choice")
-        return NamedToolChoice(type="function", function=NamedFunction(name=choice.name))
+        return NamedToolChoice.of(choice.name)
     names: dict[str, Literal["auto", "required", "none"]] = {"any": "required"}
     return names.get(choice.type, choice.type)  # type: ignore[return-value]
 
@@ -205,5 +203,4 @@ def _tool_choice(choice: AnthropicToolChoice) -> ToolChoice:
 def _response_format(output: OutputConfig | None) -> ResponseFormat | None:
     if output is None or output.format is None:
         return None
-    schema = JsonSchemaFormat.model_validate({"schema": output.format.schema_})
-    return ResponseFormat(type="json_schema", json_schema=schema)
+    return ResponseFormat.of_schema(output.format.schema_)

@@ -20,6 +20,7 @@ from openm1.server.routes_admin import admin_routes
 from openm1.server.routes_anthropic import anthropic_routes
 from openm1.server.routes_info import info_routes
 from openm1.server.routes_openai import openai_routes
+from openm1.server.routes_tokens import token_routes
 from openm1.server.served import ServedModel
 from openm1.server.serving import Serving, start_serving
 from openm1.server.stream import Disconnected
@@ -47,7 +48,7 @@ def build_app(served: ServedModel, config: ServerConfig) -> FastAPI:
     app.state.serving = serving
     app.add_middleware(Guard, config=config, metrics=serving.metrics)
     _add_error_handlers(app)
-    for routes in (openai_routes, anthropic_routes, info_routes, admin_routes):
+    for routes in (openai_routes, anthropic_routes, token_routes, info_routes, admin_routes):
         app.include_router(routes(serving))
     _document(app)
     return app

@@ -9,12 +9,13 @@ from contextlib import aclosing
 from typing import Any
 
 from openm1.chat.tokenizer import Tokenizer
+from openm1.chat.tool_stream import CallPart
 from openm1.server.protocol import ChatRequest
 from openm1.server.replies import Item, NewTokens, Piece, Reply
 from openm1.server.served import ServedModel
 from openm1.server.stream import DONE, event
 from openm1.server.thinking import Thinking
-from openm1.types import Completion, ToolCall
+from openm1.types import Completion
 
 
 def chat_completion(
@@ -74,7 +75,6 @@ class _Chunks:
         self.completions: list[Completion] = []
         self._tokenizer = served.tokenizer
         self._request, self._thinking, self._prompt_ids = request, thinking, prompt_ids
-        self._num_calls = [0] * (request.n or 1)
         self._num_tokens = [0] * (request.n or 1)
         options = request.stream_options
         self._tells_usage = bool(options and options.continuous_usage_stats)
@@ -87,7 +87,7 @@ class _Chunks:
                 yield self.chunk(index, {"content": item.text})
             elif self._thinking.shown:
                 yield self.chunk(index, {"reasoning_content": item.text, "reasoning": item.text})
-        elif isinstance(item, ToolCall):
+        elif isinstance(item, CallPart):
             yield from self._call(index, item)
         elif isinstance(item, NewTokens):
             self._logprobs[index] += [
@@ -115,14 +115,14 @@ class _Chunks:
             "total_tokens": prompt + written,
         }
 
-    def _call(self, index: int, call: ToolCall) -> Iterable[bytes]:
-        number = self._num_calls[index]
-        self._num_calls[index] += 1
-        function = {"name": call.name, "arguments": ""}
-        head = {"index": number, "id": call.id, "type": "function", "function": function}
-        yield self.chunk(index, {"tool_calls": [head]})
-        rest = {"index": number, "function": {"arguments": call.arguments}}
-        yield self.chunk(index, {"tool_calls": [rest]})
+    def _call(self, index: int, part: CallPart) -> Iterable[bytes]:
+        if part.begins:
+            function = {"name": part.name, "arguments": ""}
+            head = {"index": part.index, "id": part.id, "type": "function", "function": function}
+            yield self.chunk(index, {"tool_calls": [head]})
+        if part.arguments:
+            more = {"index": part.index, "function": {"arguments": part.arguments}}
+            yield self.chunk(index, {"tool_calls": [more]})
 
     def _end(self, index: int, reply: Reply) -> bytes:
         self.completions.append(reply.completion)

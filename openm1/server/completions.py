@@ -20,16 +20,18 @@ Scored = tuple[int, float, tuple[tuple[int, float], ...]]
 
 
 def text_completion(
-    groups: Sequence[Sequence[Reply]],
+    replies: Sequence[Reply],
     orders: Sequence[Sequence[ReplyOrder]],
     served: ServedModel,
     request: CompletionRequest,
 ) -> dict[str, Any]:
     """Choices in the order of prompts, n for each."""
+    n = len(orders[0])
+    groups = [replies[i : i + n] for i in range(0, len(replies), n)]
     choices: list[dict[str, Any]] = []
-    for replies, (order, *_) in zip(groups, orders, strict=True):
+    for group, (order, *_) in zip(groups, orders, strict=True):
         echo = served.tokenizer.decode(order.prompt_ids) if request.echo else ""
-        for reply in replies:
+        for reply in group:
             choices.append(
                 {
                     "index": len(choices),

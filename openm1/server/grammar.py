@@ -7,7 +7,8 @@ starts it behind the thought.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -34,11 +35,20 @@ class AnswerGrammar:
     """`protocols.Grammar` for one reply."""
 
     def __init__(
-        self, tokenizer: Tokenizer, source: str, param: str, *, landing_tokens: int = 0
+        self,
+        tokenizer: Tokenizer,
+        source: str,
+        param: str,
+        *,
+        landing_tokens: int = 0,
+        has_form: bool = True,
     ) -> None:
         """`source` is llguidance's form of a grammar. With so many tokens left as `landing_tokens`
         an answer is led to its end by the shortest way, so that it is whole. Raises ApiError,
         naming `param`, for a grammar that cannot be read or that no answer fits."""
+        self.has_form = has_form
+        """False where plain text will do."""
+        self.source = source
         self._landing_tokens = landing_tokens
         ends = [tokenizer.token_id(text) for text in _ENDS]
         self._ends = [tokenizer.eos_token_id, *ends]
@@ -123,17 +133,53 @@ def regex_source(pattern: str) -> str:
 
 def tool_calls_source(tools: Sequence[ToolSpec], *, parallel: bool) -> str:
     """A block of calls as `chat.tools` reads it: one or more of `tools`, nothing else."""
-    more = f'("\\n" call){{0,{MAX_PARALLEL_CALLS - 1}}} ' if parallel else ""
-    calls = " | ".join(f"call{i}" for i in range(len(tools)))
+    rules = [f'start: "{TOOL_CALLS_OPEN}" calls', *_call_rules(tools, parallel)]
+    return llguidance.LLMatcher.grammar_from_lark("\n".join(rules))
+
+
+def text_or_calls_source(
+    tools: Sequence[ToolSpec], strict: Container[str], *, parallel: bool
+) -> str:
+    """Text, and if the model likes a block of calls behind it, which ends the answer. Arguments of
+    tools named in `strict` fit their schemas; the others' are any JSON objects."""
     rules = [
-        f'start: "{TOOL_CALLS_OPEN}\\n" call {more}"\\n{TOOL_CALLS_CLOSE}"',
-        f"call: {calls}",
+        "start: until_calls calls | TEXT",
+        # The tag begins a call wherever it comes.
+        f'until_calls[lazy]: ANY "{TOOL_CALLS_OPEN}"',
+        f"TEXT: ANY & ~/(?s:.*{TOOL_CALLS_OPEN}.*)/",
+        "ANY: /(?s:.*)/",
+        *_call_rules(_loosened(tools, strict), parallel),
     ]
+    return llguidance.LLMatcher.grammar_from_lark("\n".join(rules))
+
+
+def form_or_calls_source(
+    form: str, tools: Sequence[ToolSpec], strict: Container[str], *, parallel: bool
+) -> str:
+    """Either an answer that fits the source `form`, or a block of calls."""
+    start = f'start: "{TOOL_CALLS_OPEN}" calls | @form'
+    rules = [start, *_call_rules(_loosened(tools, strict), parallel)]
+    (grammar,) = json.loads(form)["grammars"]
+    choice = {"name": "choice", "lark_grammar": "\n".join(rules)}
+    return json.dumps({"grammars": [choice, {**grammar, "name": "form"}]})
+
+
+def _call_rules(tools: Sequence[ToolSpec], parallel: bool) -> list[str]:
+    """Rules for `calls`: what stands behind the tag that opens a block of them."""
+    names = " | ".join(f"call{i}" for i in range(len(tools)))
+    most = MAX_PARALLEL_CALLS if parallel else 1
+    rules = [f'calls: call{{1,{most}}} "\\n{TOOL_CALLS_CLOSE}"', f'call: "\\n" ({names})']
     for i, tool in enumerate(tools):
         head = json.dumps({"name": tool.name})[:-1] + ', "arguments": '
+        # Arguments are an object in any case, and in the style the tool parser writes.
+        schema = {"type": "object", **tool.parameters, "x-guidance": _JSON_STYLE}
         rules.append(f'call{i}: {json.dumps(head)} arguments{i} "}}"')
-        rules.append(f"arguments{i}: %json {json.dumps(_arguments_schema(tool.parameters))}")
-    return llguidance.LLMatcher.grammar_from_lark("\n".join(rules))
+        rules.append(f"arguments{i}: %json {json.dumps(schema)}")
+    return rules
+
+
+def _loosened(tools: Sequence[ToolSpec], strict: Container[str]) -> list[ToolSpec]:
+    return [tool if tool.name in strict else replace(tool, parameters={}) for tool in tools]
 
 
 def landing_tokens(tokenizer: Tokenizer, tools: Sequence[ToolSpec]) -> int:
@@ -143,11 +189,6 @@ def landing_tokens(tokenizer: Tokenizer, tools: Sequence[ToolSpec]) -> int:
         key=len,
     )
     return 2 * len(tokenizer.encode(longest + TOOL_CALLS_CLOSE))
-
-
-def _arguments_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments are an object in any case, and in the style the tool parser writes."""
-    return {"type": "object", **parameters, "x-guidance": _JSON_STYLE}
 
 
 def mask_of(matcher: llguidance.LLMatcher, num_ids: int) -> np.ndarray:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import secrets
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any
 
+from pydantic_core import from_json
+
+from openm1.chat.tool_stream import CallPart
 from openm1.server.replies import Item, Piece, Reply
 from openm1.server.served import ServedModel
 from openm1.server.stream import event
 from openm1.server.thinking import Thinking
-from openm1.types import Completion, ToolCall
+from openm1.types import Completion
 
 
 def anthropic_message(reply: Reply, served: ServedModel, thinking: Thinking) -> dict[str, Any]:
@@ -27,8 +29,8 @@ def anthropic_message(reply: Reply, served: ServedModel, thinking: Thinking) -> 
     if completion.text or not completion.tool_calls:
         blocks.append({"type": "text", "text": completion.text, "citations": None})
     blocks += [
-        {"type": "tool_use", "id": _tool_id(c), "name": c.name, "input": json.loads(c.arguments)}
-        for c in completion.tool_calls
+        {"type": "tool_use", "id": _tool_id(c), "name": c.name, "input": _input(c)}
+        for c in reply.calls
     ]
     return {**_head(served), "content": blocks, **_end(reply), "usage": _usage(completion)}
 
@@ -84,15 +86,21 @@ class _Blocks:
         elif isinstance(item, Piece):
             yield from self._enter("text", {"text": "", "citations": None})
             yield self._delta("text_delta", text=item.text)
-        elif isinstance(item, ToolCall):
-            yield from self._close()
-            block = {"id": _tool_id(item), "name": item.name, "input": {}}
-            yield from self._enter("tool_use", block)
-            yield self._delta("input_json_delta", partial_json=item.arguments)
-            yield from self._close()
+        elif isinstance(item, CallPart):
+            yield from self._call(item)
         elif isinstance(item, Reply):
             if self._index < 0 or (not item.completion.text and not item.completion.tool_calls):
                 yield from self._enter("text", {"text": "", "citations": None})
+            yield from self._close()
+
+    def _call(self, part: CallPart) -> Iterator[dict[str, Any]]:
+        if part.begins:
+            yield from self._close()
+            block = {"id": _tool_id(part), "name": part.name, "input": {}}
+            yield from self._enter("tool_use", block)
+        if part.arguments:
+            yield self._delta("input_json_delta", partial_json=part.arguments)
+        if part.is_whole:
             yield from self._close()
 
     def _enter(self, kind: str, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -147,8 +155,13 @@ def _usage(completion: Completion) -> dict[str, Any]:
     }
 
 
-def _tool_id(call: ToolCall) -> str:
+def _tool_id(call: CallPart) -> str:
     return call.id.replace("call_", "toolu_", 1)
+
+
+def _input(call: CallPart) -> dict[str, Any]:
+    """Of a call that is not whole, what can be read: so does Anthropic's client with a stream."""
+    return from_json(call.arguments, allow_partial=not call.is_whole)
 
 
 def _signature(thought: str) -> str:

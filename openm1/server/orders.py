@@ -5,30 +5,24 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import from_json
 
+from openm1.chat.format import ChatFormat
 from openm1.chat.wire import messages_from_json, tools_from_json
 from openm1.engine.seeds import child_seed
 from openm1.server.config import ServerConfig
 from openm1.server.errors import ApiError, bad_request
-from openm1.server.grammar import (
-    AnswerGrammar,
-    json_object_source,
-    json_schema_source,
-    landing_tokens,
-    regex_source,
-    tool_calls_source,
-)
+from openm1.server.forms import answer_grammar, check_size, format_grammar, json_size
+from openm1.server.grammar import AnswerGrammar
 from openm1.server.protocol import (
     ChatRequest,
     CompletionRequest,
-    NamedToolChoice,
-    ResponseFormat,
     Sampling,
-    ToolChoice,
 )
 from openm1.server.replies import ReplyOrder
 from openm1.server.served import ServedModel
@@ -49,10 +43,8 @@ class Desk:
         thinking = thinking_of(request, self.config)
         tools = self._tools(request.tools)
         choice = request.tool_choice or ("auto" if tools else "none")
-        prompt_ids, snapshot_at = self.prompt(
-            request.messages, tools if choice != "none" else (), add_generation_prompt=True
-        )
-        grammar = self._answer_grammar(request, choice, tools)
+        prompt_ids, snapshot_at = self.prompt(request.messages, tools if choice != "none" else ())
+        grammar = answer_grammar(request, choice, tools, self.served.tokenizer, self.config)
         params = self._params(
             request,
             prompt_ids,
@@ -69,7 +61,6 @@ class Desk:
             params=params,
             snapshot_at=snapshot_at,
             reads_calls=choice != "none",
-            one_call=request.parallel_tool_calls is False,
             streams=bool(request.stream),
             wants_tokens=bool(request.logprobs),
             grammar=grammar,
@@ -95,7 +86,8 @@ class Desk:
             params = self._params(
                 request, prompt_ids, request.max_tokens, thinking, top_logprobs=top
             )
-            grammar = self._format_grammar(request.response_format)
+            form = request.response_format
+            grammar = format_grammar(form, self.served.tokenizer, self.config)
             if grammar is not None:
                 params = self._with_grammar(params, grammar)
             order = ReplyOrder(
@@ -111,31 +103,24 @@ class Desk:
         return orders
 
     def prompt(
-        self,
-        messages: Sequence[BaseModel],
-        tools: Sequence[ToolSpec],
-        *,
-        add_generation_prompt: bool,
+        self, messages: Sequence[BaseModel], tools: Sequence[ToolSpec]
     ) -> tuple[list[int], tuple[int, ...]]:
         """A conversation's ids, and where the next turn's prompt may leave this one."""
-        conversation = read_messages(messages)
-        encode = self.chat_format_encode
-        ids = encode(conversation, tools, add_generation_prompt)
-        so_far = encode(conversation, tools, False)
-        return ids, (len(so_far),) if ids[: len(so_far)] == so_far else ()
+        chat_format, conversation = self.chat_format, read_messages(messages)
+        try:
+            ids, so_far = chat_format.encode_prompt(conversation, tools)
+        except ValueError as error:
+            raise bad_request(str(error), "messages") from error
+        return ids, () if so_far is None else (so_far,)
 
-    def chat_format_encode(
-        self, messages: Sequence[Message], tools: Sequence[ToolSpec], generate: bool
-    ) -> list[int]:
+    @property
+    def chat_format(self) -> ChatFormat:
         if self.served.chat_format is None:
             raise bad_request(
                 f"{self.served.name} has no chat template; allowed is /v1/completions",
                 code="no_chat_template",
             )
-        try:
-            return self.served.chat_format.encode(messages, tools, add_generation_prompt=generate)
-        except ValueError as error:
-            raise bad_request(str(error), "messages") from error
+        return self.served.chat_format
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.served.name:
@@ -153,55 +138,12 @@ class Desk:
             raise bad_request(f"tools have the names {names}; each may be there once", "tools")
         return specs
 
-    def _answer_grammar(
-        self, request: ChatRequest, choice: ToolChoice, tools: list[ToolSpec]
-    ) -> AnswerGrammar | None:
-        named = isinstance(choice, NamedToolChoice)
-        if choice not in ("required",) and not named:
-            return self._format_grammar(request.response_format)
-        if request.response_format is not None and request.response_format.type != "text":
-            raise bad_request(
-                f"tool_choice is {choice if not named else 'a function'} and response_format asks "
-                "for an answer; a reply is one or the other",
-                "tool_choice",
-            )
-        if isinstance(choice, NamedToolChoice):
-            tools = [tool for tool in tools if tool.name == choice.function.name]
-        if not tools:
-            wanted = choice.function.name if isinstance(choice, NamedToolChoice) else "any"
-            raise bad_request(f"tool_choice wants {wanted!r}, which is not in tools", "tool_choice")
-        parallel = request.parallel_tool_calls is not False and not named
-        source = tool_calls_source(tools, parallel=parallel)
-        tokenizer = self.served.tokenizer
-        landing = landing_tokens(tokenizer, tools)
-        return AnswerGrammar(tokenizer, source, "tools", landing_tokens=landing)
-
-    def _format_grammar(self, wanted: ResponseFormat | None) -> AnswerGrammar | None:
-        if wanted is None or wanted.type == "text":
-            return None
-        param = "response_format"
-        if wanted.type == "json_object":
-            source = json_object_source()
-        elif wanted.type == "json_schema":
-            if wanted.json_schema is None:
-                raise bad_request("type json_schema needs json_schema.schema", param)
-            schema = wanted.json_schema.schema_
-            self._check_size(json_size(schema, param), param)
-            source = json_schema_source(schema, param)
-        else:
-            if wanted.pattern is None:
-                raise bad_request("type regex needs pattern", param)
-            self._check_size(len(wanted.pattern.encode("utf-8", "replace")), param)
-            source = regex_source(wanted.pattern)
-        return AnswerGrammar(self.served.tokenizer, source, param)
-
-    def _check_size(self, num_bytes: int, param: str) -> None:
-        check_size(num_bytes, param, self.config)
-
     def _with_grammar(self, params: SamplingParams, grammar: AnswerGrammar) -> SamplingParams:
         """Whoever must answer in a form must have tokens left for it: the thought gets half."""
         if params.ignore_eos:
             raise bad_request("ignore_eos would leave the grammar's answer behind", "ignore_eos")
+        if not grammar.has_form:
+            return replace(params, grammar=grammar)
         most = params.max_tokens // 2
         budget = params.thinking_budget
         # The grace comes on top of the budget.
@@ -314,10 +256,28 @@ class Desk:
 
 def read_messages(messages: Sequence[BaseModel]) -> list[Message]:
     """Raises ApiError with what `chat.wire` finds wrong."""
+    items = [message.model_dump(exclude_none=True) for message in messages]
+    for item in items:
+        for call in item.get("tool_calls", ()):
+            _restore_arguments(call["function"])
     try:
-        return messages_from_json([message.model_dump(exclude_none=True) for message in messages])
+        return messages_from_json(items)
     except ValueError as error:
         raise bad_request(str(error), "messages") from error
+
+
+def _restore_arguments(function: dict[str, Any]) -> None:
+    """In place: arguments that were cut off come back as they went out, and agents must be able to
+    go on; what can be read of them stays."""
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str) or not arguments.startswith("{"):
+        return
+    try:
+        json.loads(arguments)
+    except (ValueError, RecursionError):
+        # What is not the beginning of an object is for `chat.wire` to refuse.
+        with suppress(ValueError):
+            function["arguments"] = from_json(arguments, allow_partial=True)
 
 
 def read_tools(tools: Sequence[BaseModel] | None, config: ServerConfig) -> list[ToolSpec]:
@@ -335,19 +295,3 @@ def read_tools(tools: Sequence[BaseModel] | None, config: ServerConfig) -> list[
         return tools_from_json(items)
     except ValueError as error:
         raise bad_request(str(error), "tools") from error
-
-
-def check_size(num_bytes: int, param: str, config: ServerConfig) -> None:
-    if num_bytes > config.max_schema_bytes:
-        raise bad_request(
-            f"{param} is {num_bytes} bytes as JSON; allowed are {config.max_schema_bytes}",
-            param,
-            "limit_exceeded",
-        )
-
-
-def json_size(value: Any, param: str) -> int:
-    try:
-        return len(json.dumps(value))
-    except RecursionError as error:
-        raise bad_request(f"{param} is nested too deeply", param, "limit_exceeded") from error

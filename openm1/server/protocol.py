@@ -157,7 +157,9 @@ class FunctionSpec(Body):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = Field(
-        None, description="No effect with tool_choice auto; a required call always fits its schema."
+        None,
+        description="Arguments fit the schema with tool_choice auto too; those of a required call "
+        "always do.",
     )
 
 
@@ -180,6 +182,10 @@ class NamedToolChoice(Body):
     type: Literal["function"]
     function: NamedFunction
 
+    @staticmethod
+    def of(name: str) -> NamedToolChoice:
+        return NamedToolChoice(type="function", function=NamedFunction(name=name))
+
 
 ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice
 
@@ -196,6 +202,11 @@ class ResponseFormat(Body):
     json_schema: JsonSchemaFormat | None = None
     pattern: Annotated[str | None, Field(description="For type regex.")] = None
 
+    @staticmethod
+    def of_schema(schema: dict[str, Any]) -> ResponseFormat:
+        form = JsonSchemaFormat.model_validate({"schema": schema})
+        return ResponseFormat(type="json_schema", json_schema=form)
+
 
 class ChatRequest(Sampling, ThinkingControls):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -209,6 +220,13 @@ class ChatRequest(Sampling, ThinkingControls):
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
     verbosity: Literal["low", "medium", "high"] | None = Field(None, description=NO_EFFECT)
+
+
+def chat_request(**fields: Any) -> ChatRequest:
+    """One of parts that have been checked already; None stands for a field that was not sent."""
+    return ChatRequest.model_construct(
+        **{name: value for name, value in fields.items() if value is not None}
+    )
 
 
 class CompletionRequest(Sampling):

@@ -8,11 +8,13 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from openm1.chat.thinking import Part, ThoughtSplitter
 from openm1.chat.tokenizer import StreamDecoder, Tokenizer
-from openm1.chat.tools import ToolCallParser
+from openm1.chat.tool_stream import CallPart, ToolCallStream
+from openm1.engine.request import RequestFailed
 from openm1.engine.stopping import StopCutter
 from openm1.server.errors import ApiError, bad_request
 from openm1.server.gate import Gate
@@ -42,8 +44,6 @@ class ReplyOrder:
     """False leaves text as the model writes it, markers of the thought included."""
     reads_calls: bool = False
     """Whether blocks of tool calls become calls; without tools they are text."""
-    one_call: bool = False
-    """Calls after the first are dropped."""
     streams: bool = False
     wants_tokens: bool = False
     """Whether a stream tells of the answer's tokens beside the text."""
@@ -70,6 +70,8 @@ class Reply:
     """The one that ended it."""
     answer_places: tuple[int, ...]
     """Which tokens are the answer's, or, in raw text, all but an end of sentence."""
+    calls: tuple[CallPart, ...] = ()
+    """Each call in one part. One that was cut off or is broken has its arguments so far."""
 
     @property
     def finish(self) -> ApiFinish:
@@ -87,7 +89,8 @@ class NewTokens:
     """Those of the answer alone."""
 
 
-Item = Piece | ToolCall | NewTokens | Reply
+Written = Piece | CallPart
+Item = Written | NewTokens | Reply
 
 
 class ReplyText:
@@ -99,7 +102,8 @@ class ReplyText:
         self._decoder = StreamDecoder(tokenizer)
         self._splitter = ThoughtSplitter(opened=thought_opened)
         self._cutter = StopCutter(order.params.stop)
-        self._calls = ToolCallParser() if order.reads_calls else None
+        self._calls = ToolCallStream() if order.reads_calls else None
+        self._call_parts: list[CallPart] = []
         self._held_eos = False
         self._raw_held = ""
         self._answer_begun = False
@@ -109,15 +113,14 @@ class ReplyText:
         self.answer_places: list[int] = []
         self.text: list[str] = []
         self.reasoning: list[str] = []
-        self.tool_calls: list[ToolCall] = []
 
-    def push(self, tokens: Sequence[int]) -> list[Piece | ToolCall]:
+    def push(self, tokens: Sequence[int]) -> list[Written]:
         """The pieces that these tokens make sure."""
         if self._order.wants_tokens:  # Which are the answer's is found one by one.
             return [piece for token in tokens for piece in self._push_together([token])]
         return self._push_together(tokens)
 
-    def _push_together(self, tokens: Sequence[int]) -> list[Piece | ToolCall]:
+    def _push_together(self, tokens: Sequence[int]) -> list[Written]:
         # An end of sentence is text only where the request ignores it and more follows.
         sure = [self._eos or 0, *tokens] if self._held_eos else [*tokens]
         self._held_eos = sure[-1] == self._eos
@@ -131,7 +134,7 @@ class ReplyText:
         self._answer_begun = was_answer or writes_answer
         return self._parts(split, text)
 
-    def flush(self) -> list[Piece | ToolCall]:
+    def flush(self) -> list[Written]:
         """What was held back; an end of sentence at the very end is no text."""
         rest = self._decoder.flush()
         pieces = self._parts(self._splitter.push(rest), rest)
@@ -140,6 +143,12 @@ class ReplyText:
         if self._calls is not None:
             pieces += self._keep_calls(self._calls.flush())
         return pieces
+
+    @property
+    def calls(self) -> tuple[CallPart, ...]:
+        """Each call in one part."""
+        calls = groupby(self._call_parts, key=lambda part: part.index)
+        return tuple(_in_one(list(parts)) for _, parts in calls)
 
     @property
     def has_thought(self) -> bool:
@@ -165,8 +174,8 @@ class ReplyText:
         elif writes_answer:
             self.answer_places.append(place)
 
-    def _parts(self, split: Iterable[tuple[Part, str]], raw: str) -> list[Piece | ToolCall]:
-        pieces: list[Piece | ToolCall] = []
+    def _parts(self, split: Iterable[tuple[Part, str]], raw: str) -> list[Written]:
+        pieces: list[Written] = []
         if not self._order.is_chat:
             return self._raw(split, raw)
         for part, text in split:
@@ -176,7 +185,7 @@ class ReplyText:
                 pieces += self._answer_text(self._cut(text))
         return pieces
 
-    def _raw(self, split: Iterable[tuple[Part, str]], raw: str) -> list[Piece | ToolCall]:
+    def _raw(self, split: Iterable[tuple[Part, str]], raw: str) -> list[Written]:
         """Text as it was written; only the answer can be cut at a stop string."""
         answer = "".join(text for part, text in split if part == "answer")
         self._raw_held += raw
@@ -194,27 +203,32 @@ class ReplyText:
             return self._cutter.push(text)
         return text
 
-    def _answer_text(self, text: str) -> list[Piece | ToolCall]:
+    def _answer_text(self, text: str) -> list[Written]:
         if self._calls is not None:
             return self._keep_calls(self._calls.push(text))
         return self._keep("answer", text)
 
-    def _keep(self, part: Part, text: str) -> list[Piece | ToolCall]:
+    def _keep(self, part: Part, text: str) -> list[Written]:
         if not text:
             return []
         (self.reasoning if part == "reasoning" else self.text).append(text)
         return [Piece(part, text, self._num_tokens)]
 
-    def _keep_calls(self, items: Sequence[str | ToolCall]) -> list[Piece | ToolCall]:
-        kept: list[Piece | ToolCall] = []
+    def _keep_calls(self, items: Sequence[str | CallPart]) -> list[Written]:
+        kept: list[Written] = []
         for item in items:
             if isinstance(item, str):
                 kept += self._keep("answer", item)
-            elif not (self._order.one_call and self.tool_calls):
-                call = replace(item, id=f"call_{secrets.token_hex(12)}")
-                self.tool_calls.append(call)
-                kept.append(call)
+                continue
+            call_id = f"call_{secrets.token_hex(12)}" if item.begins else self._call_parts[-1].id
+            self._call_parts.append(replace(item, id=call_id))
+            kept.append(self._call_parts[-1])
         return kept
+
+
+def _in_one(parts: Sequence[CallPart]) -> CallPart:
+    arguments = "".join(part.arguments for part in parts)
+    return replace(parts[0], arguments=arguments, is_whole=parts[-1].is_whole)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,7 +246,8 @@ class ReplyWriter:
     ) -> AsyncGenerator[Item, None]:
         """Pieces as they come where the order streams, and the `Reply` last.
 
-        Closing the iterator gives the request up. Raises ApiError for what the engine refuses.
+        Closing the iterator gives the request up. Raises ApiError for what the engine refuses, or
+        cannot go on with.
         """
         timing = Timing()
         ledger = _Ledger(self, key, endpoint, len(order.prompt_ids), timing)
@@ -251,6 +266,10 @@ class ReplyWriter:
             except ValueError as error:
                 ledger.close("refused")
                 raise _refusal(error) from error
+            except RequestFailed as error:
+                ledger.close("failed")
+                _LOG.error("%s %s: %s", key, endpoint, error)
+                raise ApiError(500, str(error), code="request_failed") from error
             finally:
                 ledger.close("abort")
 
@@ -318,8 +337,8 @@ class _Ledger:
             self.is_closed = True
             self._write(completion)
 
-    def close(self, reason: Literal["abort", "refused"]) -> None:
-        """For a reply that did not reach its end; what was refused has cost nothing."""
+    def close(self, reason: Literal["abort", "refused", "failed"]) -> None:
+        """For a reply that did not reach its end; only what a client gave up is to be paid."""
         if self.is_closed:
             return
         self.is_closed = True
@@ -366,15 +385,16 @@ def _reply(
         reason = order.grammar.error
         raise bad_request(f"the grammar became too complex: {reason}", code="invalid_grammar")
     reasoning = "".join(text.reasoning) if text.has_thought and order.is_chat else None
+    calls = text.calls
     whole = replace(
         completion,
         text="".join(text.text),
         reasoning=reasoning,
-        tool_calls=tuple(text.tool_calls),
+        tool_calls=tuple(ToolCall(name=c.name, arguments=c.arguments, id=c.id) for c in calls),
     )
     if log_prompts:
         _LOG.info("answered: %r, having thought: %r", whole.text, whole.reasoning)
-    return Reply(whole, text.stop_string, tuple(text.answer_places))
+    return Reply(whole, text.stop_string, tuple(text.answer_places), calls)
 
 
 def _refusal(error: ValueError) -> ApiError:

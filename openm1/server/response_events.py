@@ -8,12 +8,13 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
+from openm1.chat.tool_stream import CallPart
 from openm1.server.replies import Item, Piece, Reply
 from openm1.server.responses import ResponsesRequest
 from openm1.server.served import ServedModel
 from openm1.server.stream import event
 from openm1.server.thinking import Thinking
-from openm1.types import Completion, ToolCall
+from openm1.types import Completion
 
 Event = dict[str, Any]
 
@@ -29,7 +30,7 @@ def response_object(
         pieces.append(Piece("reasoning", completion.reasoning))
     if completion.text:
         pieces.append(Piece("answer", completion.text))
-    for item in [*pieces, *completion.tool_calls, reply]:
+    for item in [*pieces, *reply.calls, reply]:
         list(items.take(item))
     return _finished(_started(served, request), items, reply)
 
@@ -67,6 +68,7 @@ class _Items:
         self._thinking = thinking
         self.done: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None
+        self._call_is_whole = False
 
     def take(self, item: Item) -> Iterator[Event]:
         if isinstance(item, Piece) and item.part == "reasoning":
@@ -74,7 +76,7 @@ class _Items:
                 yield from self._text(item.text, "reasoning")
         elif isinstance(item, Piece):
             yield from self._text(item.text, "message")
-        elif isinstance(item, ToolCall):
+        elif isinstance(item, CallPart):
             yield from self._call(item)
         elif isinstance(item, Reply):
             if not item.completion.text and not item.completion.tool_calls:
@@ -107,41 +109,51 @@ class _Items:
         added = {"type": "response.content_part.added", "part": dict(part), "content_index": 0}
         yield {**added, **self._place()}
 
-    def _call(self, call: ToolCall) -> Iterator[Event]:
-        yield from self._close("completed")
-        self._open = {
-            "id": f"fc_{secrets.token_hex(12)}",
-            "type": "function_call",
-            "status": "in_progress",
-            "call_id": call.id,
-            "name": call.name,
-            "arguments": "",
-        }
-        yield self._added()
-        name = "response.function_call_arguments"
-        yield {"type": f"{name}.delta", "delta": call.arguments, **self._place()}
-        self._open["arguments"] = call.arguments
-        done = {"type": f"{name}.done", "arguments": call.arguments, "name": call.name}
-        yield {**done, **self._place()}
-        yield from self._close("completed")
+    def _call(self, part: CallPart) -> Iterator[Event]:
+        if part.begins:
+            yield from self._close("completed")
+            self._open = {
+                "id": f"fc_{secrets.token_hex(12)}",
+                "type": "function_call",
+                "status": "in_progress",
+                "call_id": part.id,
+                "name": part.name,
+                "arguments": "",
+            }
+            yield self._added()
+        assert self._open is not None
+        if part.arguments:
+            delta = {"type": "response.function_call_arguments.delta", "delta": part.arguments}
+            yield {**delta, **self._place()}
+            self._open["arguments"] += part.arguments
+        self._call_is_whole = part.is_whole
+        if part.is_whole:
+            yield from self._close("completed")
 
     def _close(self, status: str) -> Iterator[Event]:
         item = self._open
         if item is None:
             return
-        if item["type"] != "function_call":
-            part = item["content"][0]
-            kind = "reasoning_text" if item["type"] == "reasoning" else "output_text"
-            more = {} if kind == "reasoning_text" else {"logprobs": []}
-            text = {"type": f"response.{kind}.done", "text": part["text"], **more}
-            yield {**text, **self._place(), "content_index": 0}
-            done = {"type": "response.content_part.done", "part": part, "content_index": 0}
-            yield {**done, **self._place()}
+        if item["type"] == "function_call":
+            status = "completed" if self._call_is_whole else "incomplete"
+            done = {"arguments": item["arguments"], "name": item["name"]}
+            yield {"type": "response.function_call_arguments.done", **done, **self._place()}
+        else:
+            yield from self._text_done(item)
         item["status"] = status
         index = len(self.done)
         self.done.append(item)
         self._open = None
         yield {"type": "response.output_item.done", "output_index": index, "item": item}
+
+    def _text_done(self, item: dict[str, Any]) -> Iterator[Event]:
+        part = item["content"][0]
+        kind = "reasoning_text" if item["type"] == "reasoning" else "output_text"
+        more = {} if kind == "reasoning_text" else {"logprobs": []}
+        text = {"type": f"response.{kind}.done", "text": part["text"], **more}
+        yield {**text, **self._place(), "content_index": 0}
+        done = {"type": "response.content_part.done", "part": part, "content_index": 0}
+        yield {**done, **self._place()}
 
     def _added(self) -> Event:
         assert self._open is not None

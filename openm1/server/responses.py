@@ -15,14 +15,13 @@ from openm1.server.protocol import (
     ChatRequest,
     Count,
     FlatToolParam,
-    JsonSchemaFormat,
-    NamedFunction,
     NamedToolChoice,
     OpenBody,
     ReasoningOptions,
     ResponseFormat,
     StreamOptions,
     ToolChoice,
+    chat_request,
 )
 
 
@@ -119,22 +118,19 @@ def responses_as_chat(request: ResponsesRequest) -> ChatRequest:
     if request.background:
         raise bad_request("background is True; allowed is false, nothing is stored", "background")
     system = [ChatMessage(role="system", content=request.instructions)]
-    fields: dict[str, Any] = {
-        "model": request.model,
-        "messages": [*(system if request.instructions else []), *_messages(request.input)],
-        "max_tokens": request.max_output_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "seed": request.seed,
-        "tools": request.tools,
-        "tool_choice": _tool_choice(request.tool_choice),
-        "parallel_tool_calls": request.parallel_tool_calls,
-        "reasoning": request.reasoning,
-        "response_format": _response_format(request.text),
-        "stream": request.stream,
-    }
-    return ChatRequest.model_construct(
-        **{name: value for name, value in fields.items() if value is not None}
+    return chat_request(
+        model=request.model,
+        messages=[*(system if request.instructions else []), *_messages(request.input)],
+        max_tokens=request.max_output_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=request.seed,
+        tools=request.tools,
+        tool_choice=_tool_choice(request.tool_choice),
+        parallel_tool_calls=request.parallel_tool_calls,
+        reasoning=request.reasoning,
+        response_format=_response_format(request.text),
+        stream=request.stream,
     )
 
 
@@ -188,7 +184,7 @@ def _joined(content: str | Sequence[ContentPart]) -> str:
 
 def _tool_choice(choice: Any) -> ToolChoice | None:
     if isinstance(choice, NamedResponseTool):
-        return NamedToolChoice(type="function", function=NamedFunction(name=choice.name))
+        return NamedToolChoice.of(choice.name)
     return choice
 
 
@@ -200,5 +196,4 @@ def _response_format(text: TextOptions | None) -> ResponseFormat | None:
         return ResponseFormat(type=wanted.type)
     if wanted.schema_ is None:
         raise bad_request("text.format of type json_schema needs schema", "text")
-    schema = JsonSchemaFormat.model_validate({"schema": wanted.schema_})
-    return ResponseFormat(type="json_schema", json_schema=schema)
+    return ResponseFormat.of_schema(wanted.schema_)

@@ -31,13 +31,10 @@ def anthropic_routes(serving: Serving) -> APIRouter:
         key_name(request.headers, config)
         orders, thinking = desk.chat(as_chat(body))
         num_prompt_tokens = len(orders[0].prompt_ids)
-        if not body.stream:
-            return await serving.answer(
-                request, orders, lambda replies: anthropic_message(replies[0], served, thinking)
-            )
-        return await serving.stream(
+        return await serving.respond(
             request,
             orders,
+            lambda replies: anthropic_message(replies[0], served, thinking),
             lambda items: message_events(items, served, thinking, num_prompt_tokens),
             anthropic=True,
         )
@@ -51,7 +48,7 @@ def anthropic_routes(serving: Serving) -> APIRouter:
         desk.check_model(body.model)
         chat = as_chat(body)
         tools = [] if chat.tool_choice == "none" else read_tools(chat.tools, config)
-        ids, _ = desk.prompt(chat.messages, tools, add_generation_prompt=True)
+        ids, _ = desk.prompt(chat.messages, tools)
         counted: dict[str, Any] = {"input_tokens": len(ids)}
         return JSONResponse(counted)
 

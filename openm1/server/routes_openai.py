@@ -33,14 +33,11 @@ def openai_routes(serving: Serving) -> APIRouter:
         key_name(request.headers, config)
         orders, thinking = desk.chat(body)
         ids = orders[0].prompt_ids
-        if not body.stream:
-            return await serving.answer(
-                request,
-                orders,
-                lambda replies: chat_completion(replies, served, body, thinking, ids),
-            )
-        return await serving.stream(
-            request, orders, lambda items: chat_chunks(items, served, body, thinking, ids)
+        return await serving.respond(
+            request,
+            orders,
+            lambda replies: chat_completion(replies, served, body, thinking, ids),
+            lambda items: chat_chunks(items, served, body, thinking, ids),
         )
 
     @router.post(
@@ -51,17 +48,11 @@ def openai_routes(serving: Serving) -> APIRouter:
         key_name(request.headers, config)
         groups = desk.completion(body)
         orders = [order for group in groups for order in group]
-        n = len(groups[0])
-        if not body.stream:
-            return await serving.answer(
-                request,
-                orders,
-                lambda replies: text_completion(
-                    [replies[i : i + n] for i in range(0, len(replies), n)], groups, served, body
-                ),
-            )
-        return await serving.stream(
-            request, orders, lambda items: text_chunks(items, groups, served, body)
+        return await serving.respond(
+            request,
+            orders,
+            lambda replies: text_completion(replies, groups, served, body),
+            lambda items: text_chunks(items, groups, served, body),
         )
 
     @router.post(
@@ -71,12 +62,11 @@ def openai_routes(serving: Serving) -> APIRouter:
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         key_name(request.headers, config)
         orders, thinking = desk.chat(responses_as_chat(body))
-        if not body.stream:
-            return await serving.answer(
-                request, orders, lambda replies: response_object(replies[0], served, body, thinking)
-            )
-        return await serving.stream(
-            request, orders, lambda items: response_events(items, served, body, thinking)
+        return await serving.respond(
+            request,
+            orders,
+            lambda replies: response_object(replies[0], served, body, thinking),
+            lambda items: response_events(items, served, body, thinking),
         )
 
     @router.get("/v1/models", responses={**refusals(401), 200: {"model": documents.ModelList}})

@@ -35,31 +35,24 @@ class Serving:
     desk: Desk
     writer: ReplyWriter
 
-    async def answer(
+    async def respond(
         self,
         request: Request,
         orders: Sequence[ReplyOrder],
         whole: Callable[[list[Reply]], dict[str, Any]],
-    ) -> Response:
-        """All replies at once, as `whole` puts them."""
-        key = key_name(request.headers, self.config)
-        with self.gate.admit(key, len(orders)):
-            work = self._all(orders, key, request.url.path)
-            return JSONResponse(whole(await while_connected(request, work)))
-
-    async def stream(
-        self,
-        request: Request,
-        orders: Sequence[ReplyOrder],
         chunks: Chunks,
         *,
         anthropic: bool = False,
     ) -> Response:
-        """Replies as events, as `chunks` puts them; what is refused is refused before a 200."""
-        key = key_name(request.headers, self.config)
+        """All replies at once, as `whole` puts them, or as events, as `chunks` does, where the
+        orders stream. What is refused is refused before a 200."""
+        key, endpoint = key_name(request.headers, self.config), request.scope["path"]
         with ExitStack() as place:
             place.enter_context(self.gate.admit(key, len(orders)))
-            items = merged([self._write(order, key, request.url.path) for order in orders])
+            if not orders[0].streams:
+                work = self._all(orders, key, endpoint)
+                return JSONResponse(whole(await while_connected(request, work)))
+            items = merged([self._write(order, key, endpoint) for order in orders])
             ready = await while_connected(request, primed(items))
             return EventStream(chunks(ready), place.pop_all(), anthropic=anthropic)
 

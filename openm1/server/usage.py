@@ -33,6 +33,8 @@ TIERS = {"0-32K": 32 * 1024, "32-128K": 128 * 1024, "128K-1M": None}
 """Longest prompt of each tier; None is open. K is 1024."""
 
 RETRY_S = 5.0
+# Records of so long are written together: each on its own costs more than all else about a reply.
+GATHER_S = 0.2
 
 _metadata = MetaData()
 _USAGE = Table(
@@ -94,17 +96,19 @@ class UsageMeter:
     def __init__(self, url: str) -> None:
         """Raises ValueError where the database cannot be opened."""
         self._engine = open_database(url)
-        self._records: queue.SimpleQueue[UsageRecord | None] = queue.SimpleQueue()
+        self._records: queue.SimpleQueue[dict[str, object] | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
         self.error: str | None = None
         """Why the last write failed; what could not be written is kept and tried again."""
         self._thread = threading.Thread(target=self._write_all, name="openm1-usage", daemon=True)
         self._thread.start()
 
     def record(self, record: UsageRecord) -> None:
-        self._records.put(record)
+        self._records.put(_row(record))
 
     def close(self) -> None:
         """Returns when all records are written, or have failed to be once more."""
+        self._closing.set()
         self._records.put(None)
         self._thread.join()
         self._engine.dispose()
@@ -120,10 +124,12 @@ class UsageMeter:
     def _collect(self, rows: list[dict[str, object]]) -> bool:
         """Adds what has come, waiting if nothing has; True when there is no more to come."""
         with suppress(queue.Empty):
-            record = self._records.get(timeout=RETRY_S if rows else None)
-            while record is not None:
-                rows.append(_row(record))
-                record = self._records.get_nowait()
+            row = self._records.get(timeout=RETRY_S if rows else None)
+            if row is not None:
+                self._closing.wait(GATHER_S)
+            while row is not None:
+                rows.append(row)
+                row = self._records.get_nowait()
             return True
         return False
 

@@ -89,7 +89,10 @@ def test_prefix_law_and_mask(chat, history, reply, with_tools):
     prompt = chat.encode(history, tools)
     assert len(ids) == len(mask)
     assert ids[: len(prompt)] == prompt
-    assert ids == chat.encode([*history, reply], tools, add_generation_prompt=False)
+    so_far = chat.encode([*history, reply], tools, add_generation_prompt=False)
+    assert ids == so_far
+    whole = chat.encode([*history, reply], tools, add_generation_prompt=True)
+    assert chat.encode_prompt([*history, reply], tools) == (whole, len(so_far))
     # Past the prompt, all but the line break after the end token is learned.
     assert mask[len(prompt) :] == [True] * (len(ids) - len(prompt) - 1) + [False]
     learned = [i for i, learn in zip(ids, mask, strict=True) if learn]

@@ -75,3 +75,18 @@ def test_text_is_not_held_longer_than_needed():
     assert splitter.push("ink> b") == [("answer", "b")]
     assert not splitter.in_thought
     assert splitter.push("c") == [("answer", "c")]
+
+
+def test_the_answer_begins_with_its_first_character() -> None:
+    splitter = ThoughtSplitter()
+    splitter.push("<think>hm</think>")
+    assert not splitter.in_answer
+    splitter.push("\n\n")
+    assert not splitter.in_answer
+    splitter.push("4")
+    assert splitter.in_answer
+    plain = ThoughtSplitter()
+    plain.push("<thi")
+    assert not plain.in_answer
+    plain.push("s")
+    assert plain.in_answer

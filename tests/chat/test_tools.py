@@ -154,12 +154,12 @@ def test_what_is_written_reads_back(content, written):
 
 
 def test_a_call_leaves_when_its_line_ends():
-    parser = ToolCallParser(first_index=3)
+    parser = ToolCallParser()
     assert parser.push("Hm. <tool_") == ["Hm."]
     assert parser.push(f"calls>\n{LINE}") == []
-    assert parser.push("\n") == [call(3)]
+    assert parser.push("\n") == [call(0)]
     assert parser.push(LINE + "</tool_calls") == []
-    assert parser.push(">") == [call(4)]
+    assert parser.push(">") == [call(1)]
     assert parser.push(" Done") == ["\nDone"]
     assert parser.flush() == []
 

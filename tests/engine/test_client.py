@@ -193,6 +193,12 @@ def test_tokens_of_a_stream_come_one_by_one(policy: EnginePolicy) -> None:
     assert 5 < run(work()) < 100
 
 
+def test_many_streams_share_the_time_to_hand_over(policy: EnginePolicy) -> None:
+    assert policy._burst_s_for(1000) == 0, "whoever wants each token gets each token"
+    slow = EnginePolicy(policy.engine, burst_s=0.05)
+    assert [slow._burst_s_for(count) for count in (1, 20, 32, 1000)] == [0.05, 0.05, 0.08, 0.25]
+
+
 def test_the_event_loop_stays_free_during_a_step(policy, monkeypatch) -> None:
     step = policy.engine.step
 

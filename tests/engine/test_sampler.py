@@ -266,11 +266,11 @@ def test_adjustments_leave_the_thought_alone() -> None:
     assert all(row.adjustment is None for row in play({}, reply))
 
 
-def test_with_thinking_off_the_first_token_is_the_answers() -> None:
-    (row, *_) = play({"thinking": False, "banned_token_ids": [OPEN]}, [5, 5])
-    assert row.adjustment is not None and row.opening_token is None
+def test_with_thinking_off_a_thought_may_begin_and_is_closed_at_once() -> None:
     rows = play({"thinking": False, "banned_token_ids": [9]}, [OPEN, CLOSE, 5])
+    assert [row.opening_token for row in rows] == [OPEN, None, None]
     assert [row.forced for row in rows] == [None, CLOSE, None]
+    assert [row.adjustment is not None for row in rows] == [True, False, True]
 
 
 def undecided_rows(count: int, **params) -> list[SamplingRow]:

@@ -301,7 +301,7 @@ def test_thinking_off_closes_the_thought_the_prompt_opened(kind: str) -> None:
 def test_thinking_off_closes_the_thought_the_model_opens(kind: str) -> None:
     opening, closing = MARKERS[kind]
     tracker = tracker_for(kind, thinking=False)
-    assert tracker.opening_token is None
+    assert tracker.opening_token == opening[0]
     written = play(tracker, [BLANK, *opening, *[5] * 6])
     assert written[: 1 + len(opening) + len(closing)] == [BLANK, *opening, *closing]
     assert tracker.thought_end == "off"

@@ -18,6 +18,7 @@ from openm1.rl.losses import (
     PPO,
     REINFORCE,
     Loss,
+    Praise,
     RatioAnchor,
     Unified,
     policy_loss,
@@ -27,7 +28,15 @@ from openm1.rl.losses import (
 # The same three factors multiplied in another order: one rounding of fp64 each.
 ROUNDING = 1e-15
 
-ALL = [CISPO(), DAPO(), GRPO(), PPO(), REINFORCE(), Unified(eps_is_high=1.0, eps_high=0.5)]
+ALL = [
+    CISPO(),
+    DAPO(),
+    GRPO(),
+    PPO(),
+    Praise(blame=1.0),
+    REINFORCE(),
+    Unified(eps_is_high=1.0, eps_high=0.5),
+]
 AGGREGATIONS = ["token", "sample", "prompt", "combined"]
 LENGTHS = [7, 1, 12, 30]
 PROMPTS = [4, 4, 9, 4]
@@ -161,6 +170,32 @@ def test_clips_are_offsets_from_one():
     assert weights(GRPO(), down) == weights(DAPO(), down)
 
 
+def test_praise_is_cispo_where_the_advantage_is_positive_and_a_share_of_it_elsewhere():
+    ratio = torch.tensor([0.1, 1.0, 3.0, 9.0])
+    up, down = torch.ones_like(ratio), -torch.ones_like(ratio)
+    cispo = CISPO().token_weights(ratio, up)
+    for blame in (0.0, 0.25, 1.0):
+        config = Praise(blame=blame)
+        assert torch.equal(config.token_weights(ratio, up), cispo)
+        assert torch.equal(config.token_weights(ratio, down), blame * cispo)
+    assert Praise(eps_is_high=1.0).token_weights(ratio, up).tolist() == pytest.approx(
+        [0.1, 1.0, 2.0, 2.0]
+    )
+
+
+def test_more_blame_than_praise_is_refused():
+    with pytest.raises(ValueError, match=r"blame is 1\.5; allowed is 0 to 1"):
+        Praise(blame=1.5)
+
+
+def test_without_blame_the_tokens_of_worse_replies_are_left_alone(batch):
+    worse = batch["advantages"] < 0
+    ours = gradient(Praise(blame=0.0), batch)
+    assert 0 < int(worse.sum()) < len(worse)
+    assert bool((ours[worse] == 0).all())
+    assert torch.equal(ours[~worse], gradient(CISPO(), batch)[~worse])
+
+
 def test_all_four_numbers_act_at_once():
     ratio, advantages = torch.tensor([0.1, 0.1, 3.0, 3.0]), torch.tensor([1.0, -1.0, 1.0, -1.0])
     config = Unified(eps_is_low=0.5, eps_is_high=0.25, eps_low=0.2, eps_high=0.2)
@@ -224,6 +259,8 @@ def test_a_mismatch_scales_each_token(batch):
         (DAPO(), (0.0, math.inf)),
         (GRPO(), (0.0, math.inf)),
         (PPO(), (0.0, math.inf)),
+        (Praise(), (0.0, 5.0)),
+        (Praise(eps_is_high=1.0, blame=0.5), (0.0, 2.0)),
         (REINFORCE(), (1.0, 1.0)),
     ],
 )
@@ -244,6 +281,7 @@ def test_the_interval_of_a_loss_holds_its_weights_and_is_no_wider(config: Loss, 
         (DAPO, "eps_high"),
         (GRPO, "eps_low"),
         (PPO, "eps"),
+        (Praise, "blame"),
         (Unified, "eps_high"),
     ],
 )

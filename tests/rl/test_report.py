@@ -37,7 +37,7 @@ def test_a_finished_run_is_one_page(run: Path, capsys: pytest.CaptureFixture[str
     for title in ("Reward", "Entropy (nats)", "Weights of tokens", "Throughput (tokens/s)"):
         assert f"<b>{title}</b>" in page
     # What this run has not is not there.
-    assert "critic" not in page and "What went wrong" not in page
+    assert "Value of the critic" not in page and "What went wrong" not in page
     assert not re.search(r"(src|href)=", page)
     rewards = [row["rollout/reward"] for row in read_metrics(run / "metrics.jsonl")]
     assert f"{rewards[0]:.3f} &rarr; {rewards[1]:.3f}" in page

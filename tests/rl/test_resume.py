@@ -135,7 +135,7 @@ def test_a_run_killed_twenty_times_ends_like_one_left_alone(tmp_path: Path, gues
     windows = [row["rollout/window_tokens"] for row in rows]
     assert windows == [6] * GROWS_AFTER + [7] * (NUM_STEPS - GROWS_AFTER)
     assert {row["rl/staleness_max"] for row in rows} == {0.0, 1.0}
-    assert sum("rl/num_updates" in row for row in rows) > NUM_STEPS / 2
+    assert sum("rl/num_updates" in row for row in rows) > NUM_STEPS / 3
     for name in sorted(path.name for path in (alone / "rollouts").iterdir()):
         one, other = ((run / "rollouts" / name).read_bytes() for run in (alone, killed))
         assert one == other

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -16,6 +16,7 @@ from openm1.engine.llm import LLM
 from openm1.server.app import build_app, serving_of
 from openm1.server.config import ServerConfig
 from openm1.server.run import DrainingServer, listen
+from openm1.server.served import StreamingPolicy
 from openm1.server.serving import Serving
 
 # Nothing here takes long; this only keeps a test that hangs from hanging.
@@ -38,12 +39,13 @@ class Running:
     serving: Serving
     llm: LLM
     server: DrainingServer
+    client: httpx.Client
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
-        return httpx.post(self.address + path, json=body, headers=headers, timeout=PATIENCE_S)
+        return self.client.post(path, json=body, headers=headers)
 
     def get(self, path: str, **headers: str) -> httpx.Response:
-        return httpx.get(self.address + path, headers=headers, timeout=PATIENCE_S)
+        return self.client.get(path, headers=headers)
 
     def chat(self, **fields: Any) -> dict[str, Any]:
         reply = self.post("/v1/chat/completions", chat_body(**fields))
@@ -66,9 +68,17 @@ def chat_body(content: str = QUESTION, **fields: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def running(llm: LLM, *, context_tokens: int | None = None, **config: Any) -> Iterator[Running]:
+def running(
+    llm: LLM,
+    *,
+    context_tokens: int | None = None,
+    policy: StreamingPolicy | None = None,
+    **config: Any,
+) -> Iterator[Running]:
+    """`policy` writes in the place of the model."""
     config = ServerConfig(port=0, **config)
-    app = build_app(served_model(llm, "nano", context_tokens=context_tokens), config)
+    served = served_model(llm, "nano", context_tokens=context_tokens)
+    app = build_app(replace(served, policy=policy or served.policy), config)
     listener = listen(config)
     server = DrainingServer(app, config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -76,7 +86,12 @@ def running(llm: LLM, *, context_tokens: int | None = None, **config: Any) -> It
     try:
         wait_until(lambda: server.started)
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        yield Running(address=address, serving=serving_of(app), llm=llm, server=server)
+        # To make a client takes longer than most requests; each still has a connection of its own.
+        alone = httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(base_url=address, timeout=PATIENCE_S, limits=alone) as client:
+            yield Running(
+                address=address, serving=serving_of(app), llm=llm, server=server, client=client
+            )
     finally:
         server.drain()
         thread.join(PATIENCE_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from openm1.engine.llm import LLM
 from openm1.server.errors import ApiError
 from openm1.server.grammar import (
     AnswerGrammar,
+    form_or_calls_source,
+    json_object_source,
     json_schema_source,
     landing_tokens,
     regex_source,
+    text_or_calls_source,
     tool_calls_source,
 )
 from openm1.types import SamplingParams, ToolSpec
@@ -66,6 +70,73 @@ def test_parallel_calls_only_where_wanted(llm: LLM) -> None:
     for parallel in (True, False):
         source = tool_calls_source(TOOLS, parallel=parallel)
         assert walk(AnswerGrammar(llm.tokenizer, source, "x"), llm, block) == parallel
+
+
+CALL, OTHER = '{"name": "add", "arguments": {"a": 7}}', '{"name": "add", "arguments": {"b": []}}'
+
+
+def block(*lines: str) -> str:
+    return "\n".join(["<tool_calls>", *lines, "</tool_calls>"])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_text_or_calls(llm: LLM, strict: bool, parallel: bool) -> None:
+    source = text_or_calls_source(TOOLS, {"add"} if strict else (), parallel=parallel)
+    grammar = AnswerGrammar(llm.tokenizer, source, "x")
+    for text in ("", "8", "a <tool and\nmore", "</tool_calls> {"):
+        assert walk(grammar, llm, text)
+        assert walk(grammar, llm, text + block(CALL))
+        assert walk(grammar, llm, text + block(OTHER)) == (not strict)
+        assert walk(grammar, llm, text + block(CALL, CALL)) == parallel
+        # A block ends the answer, and the tag is never text.
+        assert not walk(grammar, llm, text + block(CALL) + " ")
+        assert not walk(grammar, llm, text + "<tool_calls>")
+        assert not walk(grammar, llm, text + block(CALL.replace("add", "sub")))
+    odd = json.dumps({"name": 'odd "name"\n', "arguments": {"y": 1}})
+    assert walk(grammar, llm, block(odd)), "the other tool is not strict"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("form", "good"),
+    [
+        (json_schema_source({"enum": ["ü", 3]}, "x"), '"ü"'),
+        (json_object_source(), '{"x": 1}'),
+        (regex_source("[/\n]{2}"), "/\n"),
+    ],
+)
+def test_a_form_or_calls(llm: LLM, form: str, good: str, strict: bool) -> None:
+    source = form_or_calls_source(form, TOOLS, {"add"} if strict else (), parallel=True)
+    grammar = AnswerGrammar(llm.tokenizer, source, "x")
+    assert walk(grammar, llm, good) and walk(grammar, llm, block(CALL, CALL))
+    assert walk(grammar, llm, block(OTHER)) == (not strict)
+    assert not walk(grammar, llm, good + block(CALL)) and not walk(grammar, llm, "x")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("form", [regex_source("so: [xy]"), None])
+def test_thinking_off_begins_as_it_does_without_a_grammar(llm, temperature, form) -> None:
+    """With the empty thought that nano is then made to write."""
+    source = form or text_or_calls_source(TOOLS, {"add"}, parallel=True)
+    ids = llm.chat_format.encode([_user("4 -9 +8 *9 +1")])
+    params = SamplingParams(max_tokens=60, temperature=temperature, seed=1, n=4, thinking=False)
+    begins = llm.tokenizer.encode("<think></think>", allow_special=True)
+    for grammar in (None, AnswerGrammar(llm.tokenizer, source, "x")):
+        for completion in llm.generate(ids, replace(params, grammar=grammar))[0]:
+            assert list(completion.token_ids[:2]) == begins
+            assert completion.reasoning == "" and completion.text
+            assert completion.num_reasoning_tokens == 0
+            assert completion.thought_end == "off"
+
+
+def test_a_grammar_of_free_text_changes_nothing_where_no_call_is_made(llm: LLM) -> None:
+    source = text_or_calls_source(TOOLS, {"add"}, parallel=True)
+    ids = llm.chat_format.encode([_user("4 -9 +8 *9 +1")])
+    params = SamplingParams(max_tokens=60, temperature=1.0, seed=1, n=8)
+    free = llm.generate(ids, params)[0]
+    held = llm.generate(ids, replace(params, grammar=AnswerGrammar(llm.tokenizer, source, "x")))[0]
+    assert [c.text for c in held] == [c.text for c in free]
 
 
 def test_calls_of_a_grammar_are_calls_to_the_parser(llm: LLM) -> None:

@@ -107,13 +107,15 @@ def test_new_weights_between_two_tokens(server: Running, tmp_path: Path, in_flig
     server.llm.model.save_pretrained(tmp_path, layout="published")
     version = server.get("/rl/state", **ADMIN).json()["version"] + 1
     replies = []
-    long = {"max_tokens": 1500, "ignore_eos": True, "return_token_ids": True}
+    long = {"max_tokens": 3000, "ignore_eos": True, "return_token_ids": True}
     ask = threading.Thread(target=lambda: replies.append(server.chat(**long)))
     ask.start()
-    wait_until(lambda: server.llm.engine.memory.num_running == 1)
+    wait_until(lambda: any(request.output_ids for request in [*server.llm.engine._live]))
+    assert server.post("/rl/pause", {}, **ADMIN).json()["is_paused"]
     body = {"path": str(tmp_path), "version": version, "in_flight": in_flight}
     state = server.post("/rl/update_weights", body, **ADMIN).json()
-    assert state == {"is_paused": False, "version": version}
+    assert state == {"is_paused": True, "version": version}
+    assert not server.post("/rl/resume", {}, **ADMIN).json()["is_paused"]
     ask.join(PATIENCE_S)
     versions = replies[0]["choices"][0]["policy_versions"]
     assert versions == sorted(versions) and {*versions} == {version - 1, version}

@@ -7,10 +7,15 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import pytest
+import torch
 
+from openm1.engine.config import EngineConfig
 from openm1.engine.llm import LLM
 
 from .running import ANSWER, PATIENCE_S, QUESTION, Running, chat_body, running, wait_until
@@ -189,63 +194,44 @@ def test_only_keys_come_in(llm: LLM) -> None:
 
 def test_a_full_queue_says_when_to_come_back(llm: LLM) -> None:
     with running(llm, max_running_requests=1, max_queued_requests=1) as server:
-        threads = [_endless(server) for _ in range(2)]
-        wait_until(lambda: server.serving.gate.num_waiting == 1)
-        reply = server.post(CHAT, chat_body())
-        refused(reply, 503, "queue_full")
-        assert int(reply.headers["retry-after"]) >= 1
-        refused(server.post(CHAT, chat_body(stream=True, n=2)), 503, "queue_full")
-        for leave in threads:
-            leave()
+        with endless(server), endless(server):
+            wait_until(lambda: server.serving.gate.num_waiting == 1)
+            reply = server.post(CHAT, chat_body())
+            refused(reply, 503, "queue_full")
+            assert int(reply.headers["retry-after"]) >= 1
+            refused(server.post(CHAT, chat_body(stream=True, n=2)), 503, "queue_full")
         server.check_idle()
         assert serves(server)
 
 
 def test_one_key_cannot_take_all(llm: LLM) -> None:
     keys = {"ann": "a", "bob": "b"}
-    with running(llm, api_keys=keys, max_requests_per_key=2) as server:
-        leave = _endless(server, Authorization="Bearer a")
+    limited = running(llm, api_keys=keys, max_requests_per_key=2)
+    with limited as server, endless(server, key="a"):
         wait_until(lambda: server.serving.gate.num_running == 1)
         reply = server.post(CHAT, chat_body(n=2), Authorization="Bearer a")
         refused(reply, 429, "too_many_requests")
         assert int(reply.headers["retry-after"]) >= 1
         assert server.post(CHAT, chat_body(n=2), Authorization="Bearer b").status_code == 200
-        leave()
 
 
-def _endless(server: Running, **headers: str):
-    """A client that reads a reply without end, and what makes it leave."""
-    left = threading.Event()
-
-    def read() -> None:
-        body = chat_body(stream=True, **ENDLESS)
-        url = server.address + CHAT
-        with httpx.stream("POST", url, json=body, headers=headers, timeout=PATIENCE_S) as reply:
-            for _ in reply.iter_raw():
-                if left.is_set():
-                    return
-
-    thread = threading.Thread(target=read)
-    thread.start()
-
-    def leave() -> None:
-        left.set()
-        # Who still waits for its first byte leaves when its turn comes.
-        wait_until(lambda: not thread.is_alive())
-
-    return leave
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_who_leaves_costs_nothing_more(server: Running, stream: bool) -> None:
-    body = json.dumps(chat_body(stream=stream, n=3, **ENDLESS)).encode()
+@contextmanager
+def endless(server: Running, *, key: str = "any", **fields: Any) -> Iterator[None]:
+    """A client that asks for replies without end, waits or reads, and hangs up."""
+    body = json.dumps(chat_body(**{"stream": True, **ENDLESS, **fields})).encode()
     head = (
         f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
+        f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     host, port = server.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + body)
+        yield
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_costs_nothing_more(server: Running, stream: bool) -> None:
+    with endless(server, stream=stream, n=3):
         wait_until(lambda: server.llm.engine.memory.num_running == 3)
     server.check_idle()
     assert serves(server)
@@ -313,3 +299,31 @@ def test_paths_and_methods_that_are_not_there(server: Running) -> None:
     refused(server.get("/nowhere"), 404, "not_found")
     refused(server.get(CHAT), 405, "method_not_allowed")
     assert server.get("/v1/messages").json()["type"] == "error"
+
+
+def test_a_request_with_bad_logits_fails_alone() -> None:
+    """One token of its prompt is NaN; those beside it are read and written as ever."""
+    own = LLM("nano", config=EngineConfig(memory_budget_bytes=2**28))
+    (poison,) = own.tokenizer.encode("~")
+    with torch.no_grad():
+        own.model.model.embed_tokens.weight[poison] = torch.nan
+    long = {"ignore_eos": True, "max_tokens": 400}
+    with running(own) as server:
+        expected = server.chat(**long)["choices"][0]["message"]
+        replies: list[dict] = []
+
+        def ask() -> None:
+            replies.append(server.chat(**long)["choices"][0]["message"])
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: own.engine.memory.num_running >= 1)
+        for stream in (False, True):
+            for path in (CHAT, "/v1/messages"):
+                reply = server.post(path, chat_body("4 ~9", stream=stream, max_tokens=30))
+                assert "logits" in refused(reply, 500, "request_failed")
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert replies == [expected] * 4
+        server.check_idle()

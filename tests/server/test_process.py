@@ -38,6 +38,7 @@ def process(*args: str, **env: str) -> Iterator[tuple[subprocess.Popen[str], str
                 break
         else:
             raise AssertionError("it did not start")
+        watchdog.cancel()
         # Whatever it says later must not fill the pipe.
         threading.Thread(target=started.stderr.read, daemon=True).start()
         yield started, found[1]

@@ -217,7 +217,8 @@ class HybridCache:
         sequence.pages, sequence.slot, sequence.num_tokens = [], None, 0
 
     def clear(self) -> None:
-        """Forgets all prefixes, because the weights change; sequences may run on."""
+        """Forgets all prefixes, as what they hold is of no use any more; sequences may run on, and
+        nothing of them will be remembered."""
         self._epoch += 1
         self._prefixes.clear()
 
