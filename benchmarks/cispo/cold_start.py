@@ -72,7 +72,7 @@ def train_cold_start(
     model: M1ForCausalLM, words: Words, lengths: tuple[int, int], config: ColdStart
 ) -> dict[str, float]:
     """Trains in place; returns the last losses at forks and at values, nats a token."""
-    optimizer = make_optimizer(model.parameters(), AdamWConfig(learning_rate=config.learning_rate))
+    optimizer = make_optimizer(model, AdamWConfig(learning_rate=config.learning_rate))
     schedule = Schedule(warmup_steps=20, decay_share=0.5)
     losses: dict[str, float] = {}
     for step in range(config.num_steps):

@@ -66,7 +66,7 @@ class Curves:
 def run(model: M1ForCausalLM, words: Words, plan: RunPlan) -> dict[str, Any]:
     """Trains `model` in place; the curves and the seconds it took."""
     began, began_cpu = time.perf_counter(), time.process_time()
-    optimizer = make_optimizer(model.parameters(), AdamWConfig(learning_rate=plan.learning_rate))
+    optimizer = make_optimizer(model, AdamWConfig(learning_rate=plan.learning_rate))
     curves, level = Curves(), 0
     for step in range(plan.num_steps):
         rng = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
