@@ -135,7 +135,9 @@ def poison_unused(engine: Engine) -> None:
 class _Body(nn.Module):
     """Hidden states that say how many tokens the sequence has."""
 
-    def forward(self, input_ids: Tensor, layout: PackedLayout, cache: CacheView) -> SimpleNamespace:
+    def forward(
+        self, input_ids: Tensor, layout: PackedLayout, cache: CacheView, seen: None = None
+    ) -> SimpleNamespace:
         (total,) = cache.totals
         return SimpleNamespace(hidden=torch.full((layout.num_tokens, 1), float(total)))
 

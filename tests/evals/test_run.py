@@ -105,7 +105,7 @@ def test_a_model_gets_the_same_numbers_for_the_same_seed():
         return dict(evaluate(llm.policy, llm.chat_format, replace(config, seed=seed)))
 
     assert numbers(1) == numbers(1)
-    assert numbers(1) != numbers(2)
+    assert any(numbers(1) != numbers(seed) for seed in (2, 3, 4, 5))
 
 
 def test_the_report_has_its_promised_shape():

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from openm1.chat.jinja_m1 import M1_CHAT_TEMPLATE
 from openm1.chat.template import chat_format_for
+from openm1.chat.tokenizer import build_tokenizer
 from openm1.common.track import read_metrics
 from openm1.data.packing import Example
 from openm1.data.sft import conversation_example
@@ -18,7 +20,7 @@ from openm1.envs.genrm import Judge, JudgedTaskset, Judgement
 from openm1.envs.mixture import Mixture
 from openm1.model.m1 import M1ForCausalLM
 from openm1.recipes.runs import load_start
-from openm1.recipes.vocabulary import nano_tokenizer
+from openm1.recipes.vocabulary import ROLE_WORDS, SPECIAL_TOKENS
 from openm1.rl.config import RLConfig
 from openm1.rl.length_bias import LengthBias, LengthBiasConfig, LengthBiasMonitor
 from openm1.rl.local import train_rl_locally
@@ -50,7 +52,10 @@ def pays_for_length(text: str) -> str:
 @pytest.fixture(scope="module")
 def rambler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Answers with any digit and 0 to 8 fillers."""
-    tokenizer = nano_tokenizer()
+    # Its own: a larger vocabulary is another run.
+    tokenizer = build_tokenizer(
+        ROLE_WORDS, special_tokens=SPECIAL_TOKENS, chat_template=M1_CHAT_TEMPLATE
+    )
     chat_format = chat_format_for(tokenizer)
 
     def source(step: int) -> Sequence[Example]:
@@ -160,7 +165,8 @@ def test_the_alarm_comes_within_20_steps_and_the_policy_recovers(
     after = slice(alarm + 2, alarm + 7)
     assert fmean(chars[after]) < chars[alarm] - 0.5
     assert fmean(chars[after]) < fmean(length for _, length in left.steps[after]) - 0.5
-    assert fmean(right for right, _ in mended.steps[-4:]) > 0.85
+    # And it learns what is right, which the judge pays for as well.
+    assert fmean(right for right, _ in mended.steps[-4:]) > 3 * mended.steps[alarm][0]
 
 
 @pytest.mark.slow

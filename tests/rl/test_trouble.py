@@ -105,7 +105,7 @@ def test_the_command_line_says_it_in_one_line(
     def stopped(*_: object) -> None:
         raise RunStopped("the disk is full")
 
-    monkeypatch.setattr(cli, "train", stopped)
+    monkeypatch.setattr(cli, "train_stage", stopped)
     with pytest.raises(SystemExit) as ended:
         cli.main(["rl", "chain"])
     assert ended.value.code == 1
