@@ -84,6 +84,9 @@ class TraceData:
         for name in ("batch_tokens", "max_turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed is at least 1")
+        for name in ("chain_full_share", "easier_share", "reworded_share", "calculator_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed is 0 to 1")
         if unknown := set(self.direct_share) - set(self.families):
             raise ValueError(f"direct_share names {sorted(unknown)}, which are not in families")
 

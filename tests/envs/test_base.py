@@ -20,6 +20,8 @@ from openm1.envs.catalog import TASKSETS, make_taskset
 from openm1.types import Message, Task
 
 FAMILIES = sorted(TASKSETS)
+FEW_PROMPTS = ("prime_factorization", "products")
+"""Numbers up to 1,000, and digits times digits, come up again and again."""
 
 
 class CoinTaskset(SingleTurnTaskset):
@@ -77,9 +79,9 @@ def test_streams_repeat_per_seed_and_differ_between_seeds(name):
     first, again, other = (list(islice(make_taskset(name).train(seed), 200)) for seed in (5, 5, 6))
     assert first == again
     prompts, others = ({prompt_text(task) for task in tasks} for tasks in (first, other))
-    # Neighbouring seeds of the package's own generators share nearly all items; where a family has
-    # few prompts, chance shares some.
-    assert len(prompts & others) < 50
+    # Neighbouring seeds of the package's own generators share nearly all items; where prompts are
+    # few, chance shares some.
+    assert len(prompts & others) < (50 if name in FEW_PROMPTS else 20)
     assert make_taskset(name).test(5, 50) == make_taskset(name).test(5, 50)
     assert make_taskset(name).test(5, 50) != make_taskset(name).test(6, 50)
 
@@ -88,7 +90,7 @@ def test_streams_repeat_per_seed_and_differ_between_seeds(name):
 def test_train_and_test_never_share_a_prompt(name):
     taskset = make_taskset(name)
     train = {normalise_prompt(prompt_text(task)) for task in islice(taskset.train(0), 2700)}
-    # All but one family have more; numbers up to 1,000 are few.
+    # Of the numbers up to 1,000 a tenth is held out.
     count = 100 if name == "prime_factorization" else 300
     test = [normalise_prompt(prompt_text(task)) for task in taskset.test(0, count)]
     assert len(set(test)) == count

@@ -191,6 +191,8 @@ def test_a_shape_has_the_vocabulary_and_the_end_of_its_tokenizer():
 def test_impossible_data_are_refused():
     with pytest.raises(ValueError, match="batch_tokens is 0"):
         source(batch_tokens=0)
+    with pytest.raises(ValueError, match=r"reworded_share is 1.5; allowed is 0 to 1"):
+        source(reworded_share=1.5)
     with pytest.raises(ValueError, match=r"direct_share names \['gcd'\]"):
         source(direct_share={"gcd": 0.5})
 
