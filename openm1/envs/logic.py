@@ -114,7 +114,10 @@ THOUGHTS: dict[str, Callable[[Task], str]] = {
 }
 """From one of the package's items to its worked thought."""
 
-REDUCED: dict[str, dict[str, Any]] = {"products": {"max_digits": 3}}
+REDUCED: dict[str, dict[str, Any]] = {
+    "products": {"max_digits": 3},
+    "simple_equations": {"max_terms": 2, "max_value": 20},
+}
 """Families that are asked here at less than the package's default difficulty, and how."""
 
 EASIER: dict[str, dict[str, Any]] = {
@@ -127,7 +130,7 @@ EASIER: dict[str, dict[str, Any]] = {
     "lcm": {"max_value": 20},
     "prime_factorization": {"max_value": 100},
     "leg_counting": {"min_animals": 1, "max_animals": 3, "max_instances": 9},
-    "simple_equations": {"max_terms": 2, "max_value": 12},
+    "simple_equations": {"max_terms": 2, "max_value": 9},
     "simple_geometry": {"max_sides": 4},
 }
 """Options for items easier than the package's default: to begin with, and to chat about."""

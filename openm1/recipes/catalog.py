@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from openm1.recipes import chain, nano
 from openm1.recipes.runs import RLRun, SupervisedRun, run_rl, run_supervised
+from openm1.train.parallel import Processes
 
 RECIPES: dict[str, dict[str, SupervisedRun | RLRun]] = {
     "chain": {"pretrain": chain.PRETRAIN, "sft": chain.COLD_START, "rl": chain.CISPO_RUN},
@@ -58,11 +61,18 @@ def recipe_stages(
 def run_recipe(name: str, folder: Path | None = None, share: float = 1.0) -> Path:
     """All stages of a recipe, one after the other; returns the last checkpoint.
 
-    Stopped at any moment and called again it goes on where it was.
+    Stopped at any moment and called again it goes on where it was. Under torchrun its processes
+    share the supervised stages; the first does reinforcement learning, and the others end there.
     """
+    processes = Processes.joined()
     checkpoint = None
     for stage, run in recipe_stages(name, folder, share).items():
-        checkpoint = run_rl(run, stage) if isinstance(run, RLRun) else run_supervised(run, stage)
+        if isinstance(run, SupervisedRun):
+            checkpoint = run_supervised(run, stage)
+        elif processes.is_first:
+            # The others' cores are free from here on.
+            torch.set_num_threads(torch.get_num_threads() * processes.count)
+            checkpoint = run_rl(run, stage)
     assert checkpoint is not None
     return checkpoint
 

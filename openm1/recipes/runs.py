@@ -28,6 +28,7 @@ from openm1.rl.config import RLConfig
 from openm1.rl.local import train_rl_locally
 from openm1.rl.loop import StepHook
 from openm1.train.checkpoint import RunFolder
+from openm1.train.parallel import Processes
 from openm1.train.supervised import Source, SupervisedConfig, train_supervised
 from openm1.types import Message, Task
 
@@ -175,7 +176,13 @@ class RLRun:
 
 def run_supervised(run: SupervisedRun, title: str) -> Path:
     """Trains or resumes; returns the last checkpoint."""
+    processes = Processes.joined()
+    # The first one makes the folder, the others find it whole.
+    if not processes.is_first:
+        processes.wait()
     folder = RunFolder.open(run.folder, run)
+    if processes.is_first:
+        processes.wait()
     if run.init is None:
         tokenizer = nano_tokenizer()
         model = M1ForCausalLM(run.shape.config(tokenizer), seed=run.seed)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from openm1.model.m1 import M1ForCausalLM
 from openm1.train.checkpoint import RunFolder, load_trainer_state
 from openm1.train.loss import score_tokens, supervised_loss
 from openm1.train.optim import AdamWConfig, make_optimizer
+from openm1.train.parallel import ALONE, Processes
 from openm1.train.schedule import Schedule
 from openm1.train.step import optimizer_step
 
@@ -54,27 +56,46 @@ def train_supervised(
 ) -> Path:
     """Trains to the end, resuming from the folder's newest checkpoint; returns the last checkpoint.
 
-    `model` is changed in place.
+    `model` is changed in place. Under torchrun its processes share every step; the first writes.
     """
+    processes = Processes.joined()
     optimizer = make_optimizer(model, config.optimizer)
     first_step = 0
     if (latest := folder.latest()) is not None:
         first_step = resume(model, optimizer, latest)["step"]
-    tracker = JsonlTracker(folder.metrics, first_step=first_step)
-    saved = latest
+    processes.wait()
     model.train()
-    with Display(title, config.num_steps, SHOWN, first_step=first_step) as display:
+    with _records(folder, title, config.num_steps, first_step, processes) as record:
         for step in range(first_step, config.num_steps):
-            metrics = supervised_step(model, optimizer, source(step), config, step)
-            tracker.log(step, metrics)
-            display.log(step, metrics)
+            record(step, supervised_step(model, optimizer, source(step), config, step, processes))
             done = step + 1
-            if done % config.save_every_steps == 0 or done == config.num_steps:
+            due = done % config.save_every_steps == 0 or done == config.num_steps
+            if due and processes.is_first:
                 state = {"step": done, "optimizer": optimizer.state_dict()}
-                saved = folder.save(done, model, tokenizer, state)
+                folder.save(done, model, tokenizer, state)
     model.eval()
+    processes.wait()
+    saved = folder.latest()
     assert saved is not None
     return saved
+
+
+@contextmanager
+def _records(
+    folder: RunFolder, title: str, num_steps: int, first_step: int, processes: Processes
+) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """What takes a step's metrics: the first process writes and shows them."""
+    if not processes.is_first:
+        yield lambda step, metrics: None
+        return
+    tracker = JsonlTracker(folder.metrics, first_step=first_step)
+    with Display(title, num_steps, SHOWN, first_step=first_step) as display:
+
+        def record(step: int, metrics: dict[str, float]) -> None:
+            tracker.log(step, metrics)
+            display.log(step, metrics)
+
+        yield record
 
 
 def resume(
@@ -94,18 +115,22 @@ def supervised_step(
     examples: Sequence[Example],
     config: SupervisedConfig,
     step: int,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Forward and backward over micro-batches, one optimizer step; the loss is a mean per token."""
     began = time.perf_counter()
-    batches = [pack(group, model.device) for group in split_by_tokens(examples, config.max_tokens)]
-    total = max(sum(batch.num_loss_tokens for batch in batches), 1)
+    mine = split_by_tokens(processes.share(examples), config.max_tokens)
+    batches = [pack(group, model.device) for group in mine]
+    total = max(sum(sum(example.loss_mask[1:]) for example in examples), 1)
     loss_sum, aux = 0.0, 0.0
     for batch in batches:
         scores = score_tokens(model, batch)
         loss = supervised_loss(scores, model.config.router_aux_loss_coef)
         (loss / total).backward()
         loss_sum -= float(scores.logprobs.detach().sum())
-        aux += float(scores.aux_loss.detach()) / len(batches)
+        aux += float(scores.aux_loss.detach()) / len(batches) / processes.count
+    processes.sum_gradients(model.parameters())
+    loss_sum, aux = processes.sums([loss_sum, aux], model.device)
     learning_rate = config.optimizer.learning_rate * config.schedule.ratio(step, config.num_steps)
     grad_norm = optimizer_step(
         model,
@@ -113,7 +138,7 @@ def supervised_step(
         learning_rate=learning_rate,
         max_grad_norm=config.optimizer.max_grad_norm,
     )
-    num_tokens = sum(batch.layout.num_tokens for batch in batches)
+    num_tokens = sum(len(example.token_ids) - 1 for example in examples)
     return {
         "train/loss": loss_sum / total,
         "train/aux_loss": aux,
