@@ -1,13 +1,12 @@
 """What is learned when: tasks that a rule verifies first, general ones mixed in, harder with skill.
 
-M1 began with reasoning tasks whose answers a rule verifies, mixed general ones in gradually, and
-kept prompts whose pass rate lay strictly between 0 and 0.9 (arXiv 2506.13585, section 4). It gave
-no schedule: the numbers here are ours.
+M1 began with reasoning tasks whose answers a rule verifies and mixed general ones in gradually
+(arXiv 2506.13585, section 4). It gave no schedule: the numbers here are ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -152,19 +151,3 @@ class Curriculum(Mixture):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._progress = [_Progress(saved["level"], saved["rates"]) for saved in state["progress"]]
-
-
-async def keep_learnable(
-    tasks: Iterable[Task],
-    measure: Callable[[Task], Awaitable[float]],
-    *,
-    above: float = 0.0,
-    below: float = 0.9,
-) -> list[Task]:
-    """The tasks whose pass rate lies strictly between: what is never or nearly always right teaches
-    little. `measure` plays a task some times and says how often it was right."""
-    kept = []
-    for task in tasks:
-        if above < await measure(task) < below:
-            kept.append(task)
-    return kept

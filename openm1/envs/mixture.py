@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from random import Random
 from typing import Any
 
@@ -53,3 +54,22 @@ class Mixture:
 
     def load_state(self, state: dict[str, Any]) -> None:
         pass
+
+
+class TaskList(Mixture):
+    """Given tasks, all of them again and again, each time in another order."""
+
+    def __init__(self, tasks: Sequence[tuple[Taskset, Task]], *, seed: int = 0) -> None:
+        self.tasks = list(tasks)
+        super().__init__(list({id(taskset): taskset for taskset, _ in tasks}.values()), seed=seed)
+
+    def task(self, index: int) -> tuple[Taskset, Task]:
+        turn, place = divmod(index, len(self.tasks))
+        return self.tasks[_order(len(self.tasks), self.seed, turn)[place]]
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, turn: int) -> list[int]:
+    order = list(range(count))
+    Random(stable_hash(f"{seed}/{turn}/order")).shuffle(order)
+    return order

@@ -23,6 +23,11 @@ RECIPES: dict[str, dict[str, SupervisedRun | RLRun]] = {
         "sft": chain.COLD_START,
         "rl": chain.CURRICULUM_RUN,
     },
+    "chain-pass-rate": {
+        "pretrain": chain.PRETRAIN,
+        "sft": chain.COLD_START,
+        "rl": chain.PASS_RATE_RUN,
+    },
     "nano": {
         "drill": nano.DRILL,
         "pretrain": nano.PRETRAIN,

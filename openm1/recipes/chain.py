@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from openm1.envs.curriculum import CurriculumConfig
+from openm1.recipes.pass_rate import PassRateFilter
 from openm1.recipes.runs import ModelShape, RLRun, SupervisedRun, TraceData
 from openm1.rl.batch import BatchConfig
 from openm1.rl.config import RLConfig
@@ -81,3 +82,8 @@ CURRICULUM_RUN = replace(
     curriculum=CurriculumConfig(raise_at=0.7, horizon_groups=16),
 )
 """Two operations first, one more as soon as 70 % of a batch's answers are right."""
+
+PASS_RATE_RUN = replace(
+    CISPO_RUN, folder=FOLDER / "rl-pass-rate", pass_rate=PassRateFilter(num_prompts=512)
+)
+"""Only prompts that the cold start gets right in some of ten rollouts, but not in nine."""

@@ -23,6 +23,7 @@ from openm1.envs.wordings import WORDINGS, reword
 from openm1.model.config import M1Config, post_norm_config
 from openm1.model.m1 import M1ForCausalLM
 from openm1.protocols import Taskset
+from openm1.recipes.pass_rate import PassRateFilter, keep_learnable
 from openm1.recipes.vocabulary import nano_tokenizer, padded_vocab_size
 from openm1.rl.config import RLConfig
 from openm1.rl.local import train_rl_locally
@@ -171,7 +172,13 @@ class RLRun:
     rl: RLConfig
     curriculum: CurriculumConfig | None = None
     """With one, each family begins with its easiest tasks; their rules verify all of them."""
+    pass_rate: PassRateFilter | None = None
+    """With one, the start plays some prompts first, and only those it sometimes gets right stay."""
     max_num_seqs: int = 256
+
+    def __post_init__(self) -> None:
+        if self.curriculum is not None and self.pass_rate is not None:
+            raise ValueError("a curriculum draws its own tasks; allowed is it or pass_rate")
 
 
 def run_supervised(run: SupervisedRun, title: str) -> Path:
@@ -196,10 +203,21 @@ def run_rl(run: RLRun, title: str, on_step: StepHook | None = None) -> Path:
     """Trains or resumes; returns the last checkpoint."""
     folder = RunFolder.open(run.folder, run)
     model, tokenizer = load_start(run.init)
+    mixture = _mixture(run)
+    if run.pass_rate is not None:
+        mixture = keep_learnable(
+            mixture,
+            run.pass_rate,
+            model,
+            tokenizer,
+            run.rl,
+            run.folder,
+            max_num_seqs=run.max_num_seqs,
+        )
     return train_rl_locally(
         model,
         tokenizer,
-        _mixture(run),
+        mixture,
         run.rl,
         folder,
         title=title,

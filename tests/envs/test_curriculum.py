@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import Counter
 
@@ -9,7 +8,7 @@ import pytest
 from openm1.envs.base import prompt_text
 from openm1.envs.catalog import make_levels
 from openm1.envs.chain import ChainConfig, ChainTaskset
-from openm1.envs.curriculum import Course, Curriculum, CurriculumConfig, keep_learnable
+from openm1.envs.curriculum import Course, Curriculum, CurriculumConfig
 from openm1.envs.hop import HopTaskset
 from openm1.types import Message, Task
 
@@ -85,19 +84,6 @@ def test_a_curriculum_goes_on_where_it_was_saved():
     pass_all(second, 1.0, 2)
     assert first.metrics() == second.metrics()
     assert first.metrics()["curriculum/level_chain"] == 2
-
-
-def test_only_what_is_sometimes_right_is_kept():
-    rates = {"never": 0.0, "seldom": 0.01, "often": 0.89, "mostly": 0.9, "always": 1.0}
-    tasks = [
-        Task(family="t", prompt=(Message(role="user", content=name),), answer="") for name in rates
-    ]
-
-    async def measure(task: Task) -> float:
-        return rates[prompt_text(task)]
-
-    kept = asyncio.run(keep_learnable(tasks, measure))
-    assert [prompt_text(task) for task in kept] == ["seldom", "often"]
 
 
 def test_what_is_no_curriculum_is_refused():
