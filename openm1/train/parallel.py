@@ -38,9 +38,19 @@ class Processes:
         return self.rank == 0
 
     def share(self, examples: Sequence[Example]) -> list[Example]:
-        """This process's examples of a step, about as many tokens as any other's."""
-        by_length = sorted(examples, key=lambda example: -len(example.token_ids))
-        return list(examples) if self.count == 1 else by_length[self.rank :: self.count]
+        """This process's examples of a step, about as many tokens as any other's.
+
+        The longest first, each goes to whoever has the fewest tokens so far.
+        """
+        if self.count == 1:
+            return list(examples)
+        loads, mine = [0] * self.count, []
+        for example in sorted(examples, key=lambda example: -len(example.token_ids)):
+            taker = loads.index(min(loads))
+            loads[taker] += len(example.token_ids)
+            if taker == self.rank:
+                mine.append(example)
+        return mine
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """In place; every parameter has one in every process, and each ends with the same bits."""

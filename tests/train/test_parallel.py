@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from openm1.train.parallel import ALONE
+from openm1.data.packing import Example
+from openm1.train.parallel import ALONE, Processes
 
 TRAIN = """
 import sys
@@ -74,3 +75,14 @@ def test_a_stopped_run_of_two_goes_on(tmp_path: Path) -> None:
 
 def test_alone_everything_is_its_own() -> None:
     assert ALONE.is_first and ALONE.sums([1.5, 2.0], torch.device("cpu")) == [1.5, 2.0]
+
+
+def test_shares_are_whole_and_even() -> None:
+    lengths = [90, 3, 41, 40, 77, 12, 5, 60, 33, 2]
+    examples = [Example(token_ids=[i] * n, loss_mask=[True] * n) for i, n in enumerate(lengths)]
+    shares = [Processes(rank, 3).share(examples) for rank in range(3)]
+    taken = sorted(example.token_ids[0] for share in shares for example in share)
+    assert taken == list(range(10))
+    tokens = [sum(len(example.token_ids) for example in share) for share in shares]
+    assert max(tokens) - min(tokens) <= 12
+    assert ALONE.share(examples) == examples
