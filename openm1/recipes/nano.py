@@ -26,15 +26,15 @@ FAMILIES = {
     "letter_counting": 0.10,
     "word_sequence_reversal": 0.06,
     "chain_sum": 0.15,
-    "products": 0.11,
-    "gcd": 0.08,
-    "prime_factorization": 0.11,
-    "leg_counting": 0.07,
-    "simple_equations": 0.06,
+    "products": 0.10,
+    "gcd": 0.07,
+    "prime_factorization": 0.10,
+    "leg_counting": 0.06,
+    "simple_equations": 0.08,
     "simple_geometry": 0.07,
     "aiw": 0.03,
     "syllogism": 0.09,
-    "family_relationships": 0.12,
+    "family_relationships": 0.15,
 }
 """Shares of conversations: more where thoughts are long or hold many digit facts."""
 

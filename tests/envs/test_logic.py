@@ -203,24 +203,58 @@ def test_letters_are_marked_and_summed_at_word_ends():
 
 
 def check_column_line(line: str) -> None:
-    """`a op b [<> c op d] : backwards = result` must hold in each of its parts."""
+    """`a op b [<> c op d] : columns = result` must hold in each of its parts."""
     head, result = line.rsplit("=", 1)
-    operations, backwards = head.split(":")
+    operations, columns = head.split(":")
     original, *rewritten = re.split("[<>]", operations)
-    assert eval(re.sub(r"\b0+(?=\d)", "", original)) == int(result)
-    assert int(backwards[::-1]) == abs(int(result))
+    assert eval(original) == int(result)
     if rewritten:
         assert eval(rewritten[0]) == abs(int(result))
         assert ("<" in operations) == (int(result) < 0)
         assert not rewritten[0].startswith("-")
     else:
         assert int(result) >= 0 and not original.startswith("-")
+    check_columns(rewritten[0] if rewritten else original, columns)
+
+
+def check_columns(operation: str, columns: str) -> None:
+    """Each column is about the next digits of both numbers, and they add up to the result."""
+    left, sign, right = re.fullmatch(r"(\d+)([-+*])(\d+)", operation).groups()
+    if sign == "*":
+        zeros = len(right) - 1
+        assert columns[:zeros] == "0" * zeros == right[1:]
+        groups = re.findall(r"(\d)(\d)(\d)(\d)", columns[zeros:])
+        assert "".join(map("".join, groups)) == columns[zeros:]
+        assert "".join(up for up, *_ in groups) == left[::-1]
+        assert {digit for _, digit, *_ in groups} == {right[0]}
+        digits = "".join(low for *_, low in groups)[::-1]
+        assert int(groups[-1][2] + digits + "0" * zeros) == eval(operation)
+        carries = [0, *(int(high) for *_, high, _ in groups)]
+        for carry, (up, digit, high, low) in zip(carries, groups, strict=False):
+            assert int(up) * int(digit) + carry == int(high + low)
+        return
+    groups = re.findall(r"(\d)(\d)\((\d+)\)", columns)
+    assert "".join(f"{up}{down}({value})" for up, down, value in groups) == columns
+    assert int("".join(up for up, *_ in groups)[::-1]) == int(left)
+    assert int("".join(down for _, down, _ in groups)[::-1]) == int(right)
+    assert int("".join(value[-1] for *_, value in groups)[::-1]) == eval(operation)
+    moved = 0
+    for up, down, value in groups:
+        if sign == "+":
+            assert int(value) == int(up) + int(down) + moved
+            moved = int(int(value) >= 10)
+        else:
+            assert int(value) == 10 + int(up) - int(down) - moved
+            moved = int(int(value) < 10)
+        assert f"({value})" in COUNT_WORDS
 
 
 def test_sums_hold_line_by_line_with_every_pairing_of_signs():
-    assert think_chain_sum("347 + 85") == "347+85:234=432"
+    assert think_chain_sum("347 + 85") == "347+85:75(12)48(13)30(4)=432"
+    assert think_chain_sum("347 - 85") == "347-85:75(12)48(6)30(12)=262"
     assert think_chain_sum("12 - 30 + 5 - 5 + 30") == (
-        "12-30<30-12:81=-18\n-18+5<18-5:31=-13\n-13-5<13+5:81=-18\n-18+30>30-18:21=12"
+        "12-30<30-12:02(8)31(11)=-18\n-18+5<18-5:85(13)10(11)=-13\n"
+        "-13-5<13+5:35(8)10(1)=-18\n-18+30>30-18:08(2)31(11)=12"
     )
     for left in range(-12, 13):
         for right in range(13):
@@ -271,8 +305,10 @@ def test_running_counts_are_words():
 
 
 def test_products_and_quotients_hold_line_by_line():
-    assert think_products(23, 45) == "23*45\n23*40:029=920\n23*5:511=115\n920+115:5301=1035"
-    assert think_products(7, 0) == "7*0\n7*0:0=0"
+    assert think_products(23, 45) == (
+        "23*45\n23*40:034122409=920\n23*5:35152511=115\n920+115:05(5)21(3)91(10)00(1)=1035"
+    )
+    assert think_products(7, 0) == "7*0\n7*0=0"
     rng = random.Random(1)
     for _ in range(200):
         left, right = rng.randint(1, 9999), rng.randint(1, 999)
@@ -286,13 +322,16 @@ def test_products_and_quotients_hold_line_by_line():
 
 def test_trial_division_writes_what_remains_after_each_digit():
     assert think_prime_factorization(639) == (
-        "639/2(0)(1)(1)\n639/3(0)(0)(0)=213\n213/3(2)(0)(0)=71\n71/3(1)(2)\n71/5(2)(1)\n"
-        "71/7(0)(1)\n71."
+        "639/2:63(0)31(1)99(1)\n639/3:62(0)31(0)93(0)=213\n213/3:20(2)17(0)31(0)=71\n"
+        "71/3:72(1)13(2)\n71/5:71(2)14(1)\n71/7:71(0)10(1)\n71."
     )
     for number in range(2, 1001):
         for line in think_prime_factorization(number).split("\n")[:-1]:
             dividend, prime = re.match(r"(\d+)/(\d+)", line).groups()
-            rests = [int(rest) for rest in re.findall(r"\((\d+)\)", line)]
+            columns = re.findall(r"(\d)(\d)\((\d+)\)", line)
+            assert "".join(digit for digit, *_ in columns) == dividend
+            assert int("".join(q for _, q, _ in columns)) == int(dividend) // int(prime)
+            rests = [int(rest) for *_, rest in columns]
             assert rests == [int(dividend[: k + 1]) % int(prime) for k in range(len(dividend))]
             if rests[-1] == 0:
                 assert int(line.split("=")[1]) * int(prime) == int(dividend)
@@ -306,14 +345,18 @@ def test_equations_are_read_in_every_form():
     assert read_equation("7 - x = 3") == (-1, 7, 3)
     with pytest.raises(ValueError, match="one unknown"):
         read_equation("x*x = 4")
-    assert think_simple_equations(-85, 57, -1813).startswith("85x=1813+57\n1813+57:0781=1870")
+    assert think_simple_equations(-85, 57, -1813).startswith(
+        "85x=1813+57\n1813+57:37(10)15(7)80(8)10(1)=1870"
+    )
 
 
 def test_other_thoughts_say_what_their_docstrings_say():
     assert think_word_sequence_reversal(["me", "law", "and"]) == "0me 1law 2and\n2and 1law 0me"
-    assert think_simple_geometry(5, [100, 60]) == "5 540\n540-100:044=440\n440-60:083=380"
+    assert think_simple_geometry(5, [100, 60]) == (
+        "5 540\n540-100:00(10)40(14)51(14)=440\n440-60:00(10)46(8)40(13)=380"
+    )
     assert think_leg_counting([(3, "crab", 10), (2, "snake", 0)]) == (
-        "3 crab 3*10=30 0+30:03=30\n2 snake 2*0=0 =30"
+        "3 crab 3*10=30 0+30:00(0)03(3)=30\n2 snake 2*0=0 =30"
     )
     assert think_complex_arithmetic((1, 2), "×", (3, 4), (-5, 10)) == (
         "1*3=3 2*4=8 3-8=-5\n1*4=4 2*3=6 4+6=10"

@@ -1,7 +1,7 @@
 """Worked arithmetic: columns from right to left, long products, long division, trial division.
 
-A result is written backwards first, as carries run, and then forwards: `347+85:234=432`. Each digit
-then follows from two digits and the one just written.
+Every column is written out before the result, so that what follows is always a fact about the last
+few tokens: `347+85:75(12)48(13)30(4)=432` adds 7 and 5, then 4, 8 and the carry, then 3 and it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,43 @@ from math import gcd
 
 
 def _column_step(left: int, sign: str, right: int) -> str:
-    """`30-12:81`: an operation and its result backwards, as carries run, in full column width."""
+    """`347+85:75(12)48(13)30(4)`: two digits, and in brackets what comes of them and the column
+    before.
+
+    Its last digit is the result's. A sum carries where it is 10 or more; a difference is written
+    with 10 added, `347-85:75(12)48(6)30(12)`, and borrows where it is below 10.
+    """
+    top, bottom = str(left)[::-1], str(right)[::-1]
     result = left + right if sign == "+" else left - right
-    width = len(str(max(left, right)))
-    return f"{left}{sign}{right}:{str(result).zfill(width)[::-1]}"
+    width = max(len(top), len(bottom), len(str(result)))
+    columns, moved = [], 0
+    for up, down in zip(top.ljust(width, "0"), bottom.ljust(width, "0"), strict=True):
+        if sign == "+":
+            value = int(up) + int(down) + moved
+            moved = value // 10
+        else:
+            value = int(up) - int(down) - moved + 10
+            moved = int(value < 10)
+        columns.append(f"{up}{down}({value})")
+    return f"{left}{sign}{right}:{''.join(columns)}"
+
+
+def _product_step(left: int, part: int) -> str:
+    """`562*900:00291869555950`: the zeros of `part`, then for each digit of `left` it, the digit of
+    `part` and the two digits of their product with the carry before it."""
+    digit = int(str(part)[0])
+    columns, carry = ["0" * (len(str(part)) - 1)], 0
+    for up in str(left)[::-1]:
+        value = int(up) * digit + carry
+        carry = value // 10
+        columns.append(f"{up}{digit}{value:02d}")
+    return f"{left}*{part}:{''.join(columns)}"
 
 
 def _signed_step(left: int, sign: str, right: int) -> str:
-    """One line of a running sum: `347+85:234=432`, or rewritten first if a number is negative.
+    """One line of a running sum, `_column_step`=result, or rewritten first if a number is negative.
 
-    `12-30<30-12:81=-18` and `-18+30>30-18:21=12`: what follows `<` is the size of a negative
+    `12-30<30-12:..=-18` and `-18+30>30-18:..=12`: what follows `<` is the size of a negative
     result, what follows `>` that of a positive one, as an operation on two positive numbers.
     """
     result = left + right if sign == "+" else left - right
@@ -47,9 +74,9 @@ def think_chain_sum(expression: str) -> str:
 
 
 def _product_lines(left: int, right: int) -> list[str]:
-    """`914*800:002137=731200`, one line for each digit of `right` that is not 0, and their sums."""
+    """A line for each digit of `right` that is not 0, and their sums."""
     if right == 0:
-        return [f"{left}*0:0=0"]
+        return [f"{left}*0=0"]
     lines: list[str] = []
     total = 0
     for place, digit in enumerate(str(right)):
@@ -57,7 +84,7 @@ def _product_lines(left: int, right: int) -> list[str]:
             continue
         part = int(digit) * 10 ** (len(str(right)) - 1 - place)
         product = left * part
-        lines.append(f"{left}*{part}:{str(product)[::-1]}={product}")
+        lines.append(f"{_product_step(left, part)}={product}")
         if total:
             lines.append(f"{_column_step(total, '+', product)}={total + product}")
         total += product
@@ -73,7 +100,7 @@ def _division_lines(dividend: int, divisor: int) -> list[str]:
         part = int(digit) * 10 ** (len(quotient) - 1 - place)
         product = divisor * part
         if part > 1:
-            lines.append(f"{divisor}*{part}:{str(product)[::-1]}={product}")
+            lines.append(f"{_product_step(divisor, part)}={product}")
         lines.append(f"{_column_step(rest, '-', product)}={rest - product}")
         rest -= product
     return lines
@@ -113,18 +140,19 @@ def think_products(left: int, right: int) -> str:
 
 
 def think_prime_factorization(number: int) -> str:
-    """Trial division, one prime a line: `639/3(0)(0)(0)=213`, until the prime squared is too large.
+    """Trial division, one prime a line: `639/3:62(0)31(0)93(0)=213`, until the prime squared is too
+    large.
 
-    In brackets is what remains after each digit; a quotient follows where nothing remains at the
-    end. A last line `71.` says that what is left is prime.
+    For each digit: it, the quotient's digit, and in brackets what remains; the quotient follows
+    where nothing remains at the end. A last line `71.` says that what is left is prime.
     """
     lines, prime = [], 2
     while prime * prime <= number:
-        remainders, rest = [], 0
+        columns, rest = [], 0
         for digit in str(number):
-            rest = (10 * rest + int(digit)) % prime
-            remainders.append(f"({rest})")
-        line = f"{number}/{prime}{''.join(remainders)}"
+            quotient, rest = divmod(10 * rest + int(digit), prime)
+            columns.append(f"{digit}{quotient}({rest})")
+        line = f"{number}/{prime}:{''.join(columns)}"
         if rest == 0:
             number //= prime
             lines.append(f"{line}={number}")
@@ -139,7 +167,7 @@ def _is_prime(number: int) -> bool:
 
 
 def think_leg_counting(animals: Sequence[tuple[int, str, int]]) -> str:
-    """From (how many, name, legs): `3 crab 3*10=30 48+30:87=78`, with the running sum."""
+    """From (how many, name, legs): `3 crab 3*10=30 48+30:80(8)43(7)=78`, with the sum so far."""
     lines, total = [], 0
     for count, name, legs in animals:
         product = count * legs
