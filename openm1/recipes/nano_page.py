@@ -16,6 +16,8 @@ def card_page(card: Card) -> str:
     tokens, asked = card.training["tokens"], card.training["evaluation"]
     steps = card.training["recipe"]["rl"]["rl"]["num_steps"]
     minutes = round(sum(card.training["seconds"].values()) / 60)
+    processes = card.training["processes"]
+    cores = "one core" if processes == 1 else f"{processes} cores"
     questions = "\n".join(f"- {e['question'].strip()} ({e['answer']})" for e in card.examples)
     mean, before = (
         fmean(family[kind]["accuracy"] for family in card.families.values())
@@ -31,7 +33,7 @@ def card_page(card: Card) -> str:
 A hybrid lightning-attention mixture of experts in M1's shape, trained from random weights on a CPU
 by the recipe `openm1/recipes/nano.py`: {tokens["drill"]:,} tokens of drill in copying and looking
 up, {tokens["pretrain"]:,} of pretraining, {tokens["sft"]:,} of cold start, {steps} steps of CISPO;
-{minutes} minutes on one core. It thinks in view, then answers.
+{minutes} minutes on {cores}. It thinks in view, then answers.
 
 Accuracy is greedy on {asked["num_samples"]} prompts per family that no training stream contains
 (held out by prompt, seed {asked["seed"]}), with the 95 % interval; the mean over the

@@ -65,6 +65,8 @@ class ShipConfig:
     num_samples: int = 200
     seed: int = 101
     max_tokens: int = 400
+    processes: int = 1
+    """How many the supervised stages were shared by; the card says so."""
 
 
 def main() -> None:
@@ -195,6 +197,7 @@ def _training(config: ShipConfig) -> dict[str, Any]:
     return {
         "tokens": tokens,
         "seconds": seconds,
+        "processes": config.processes,
         "recipe": {name: to_jsonable(stage) for name, stage in stages.items()},
         "evaluation": {"num_samples": config.num_samples, "seed": config.seed, "temperature": 0.0},
     }
