@@ -85,7 +85,7 @@ PRETRAIN = SupervisedRun(
         calculator_share=0.02,
     ),
     train=SupervisedConfig(
-        num_steps=6500,
+        num_steps=6300,
         max_tokens=4096,
         optimizer=AdamWConfig(learning_rate=5e-3, matrices="muon"),
         schedule=Schedule(warmup_steps=20, decay_share=0.9),
@@ -121,7 +121,7 @@ CISPO_RUN = RLRun(
     init=COLD_START.folder,
     families={**FAMILIES, **{f"{name}:words": share / 3 for name, share in FAMILIES.items()}},
     rl=RLConfig(
-        num_steps=40,
+        num_steps=80,
         num_prompts=32,
         group_size=8,
         num_updates=4,

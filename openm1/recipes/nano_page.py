@@ -24,6 +24,12 @@ def card_page(card: Card) -> str:
         for kind in ("held_out", "held_out_before_cispo")
     )
     unknown, calculator = card.also["unknown"], card.also["calculator"]
+    unlearned = ", ".join(
+        f"{name} {_share(metrics)} (commonest answer {metrics['majority_accuracy']:.1%})"
+        for name, metrics in card.also.items()
+        if name not in ("unknown", "calculator")
+    )
+    not_vouched = f" Trained too, but not learned well enough: {unlearned}." if unlearned else ""
     columns = (
         "family", "difficulty", "accuracy", "before CISPO", "commonest", "thought tokens", "half",
         "none", "words", "second",
@@ -53,8 +59,9 @@ greetings. Offered a calculator, it calls it and answers rightly in {calculator[
 
 {questions}
 
-What it cannot do: anything else. Wordings far from those it has seen, longer items and general
-language get a wrong answer or its "I don't know how to do that."
+What it cannot do: anything else.{not_vouched}
+Wordings far from those it has seen, longer items and general language get a wrong answer or its
+"I don't know how to do that."
 
 `card.json` holds the same numbers, curves over thinking budgets and the whole recipe. Measure it
 again with `openm1 eval --model nano --num-samples 100 --seed 7`.

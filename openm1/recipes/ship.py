@@ -21,9 +21,9 @@ from openm1.engine.llm import LLM
 from openm1.envs.catalog import IN_OTHER_WORDS, make_taskset
 from openm1.envs.chain import ChainConfig
 from openm1.envs.hop import HopConfig
-from openm1.envs.logic import EASIER, REDUCED, LogicTaskset
+from openm1.envs.logic import REDUCED
 from openm1.evals.metrics import TaskMetrics
-from openm1.evals.run import EvalConfig, evaluate, evaluate_taskset
+from openm1.evals.run import EvalConfig, evaluate
 from openm1.model.hf import SHIPPED
 from openm1.recipes import nano
 from openm1.recipes.card import CARD_FILE, Card
@@ -58,7 +58,7 @@ class ShipConfig:
     before: Path
     """What CISPO started from."""
     families: tuple[str, ...] = tuple(nano.FAMILIES)
-    """What the card vouches for: the families that were learned."""
+    """What the card vouches for. The recipe's others are only measured: trained, not learned."""
     target: Path = SHIPPED["nano"]
     docs: Path = Path("docs")
     """Where the plots go."""
@@ -95,17 +95,21 @@ def make_card(config: ShipConfig) -> Card:
     families = {name: _family(final, before, name, config) for name in config.families}
     return Card(
         families=families,
-        also={name: asdict(_measure(final, name, config)) for name in ALSO},
+        also={name: asdict(_measure(final, name, config)) for name in _also(config)},
         examples=_examples(config.seed),
         training=_training(config),
     )
+
+
+def _also(config: ShipConfig) -> list[str]:
+    return [*ALSO, *(name for name in nano.FAMILIES if name not in config.families)]
 
 
 def _family(final: LLM, before: LLM, name: str, config: ShipConfig) -> dict[str, Any]:
     measured = _measure(final, name, config)
     half = int(measured.mean_reasoning_tokens / 2)
     curve_config = replace(config, num_samples=max(1, config.num_samples // 2))
-    result = {
+    return {
         "difficulty": DIFFICULTY.get(name, PACKAGE_DEFAULT),
         "held_out": asdict(measured),
         "held_out_before_cispo": asdict(_measure(before, name, config)),
@@ -118,12 +122,6 @@ def _family(final: LLM, before: LLM, name: str, config: ShipConfig) -> dict[str,
             for budget in BUDGETS
         },
     }
-    if name in EASIER:
-        easier = LogicTaskset(name, **EASIER[name])
-        result["easier_items"] = asdict(
-            evaluate_taskset(final.policy, final.chat_format, easier, _eval(name, curve_config))
-        )
-    return result
 
 
 def _eval(family: str, config: ShipConfig, **changes: Any) -> EvalConfig:

@@ -44,7 +44,7 @@ def family(after: float, before: float) -> dict:
 
 CARD = Card(
     families={"gcd": family(0.9, 0.5), "chain": family(0.8, 0.3)},
-    also={"unknown": metrics(0.95), "calculator": metrics(0.85)},
+    also={"unknown": metrics(0.95), "calculator": metrics(0.85), "hop": metrics(0.3)},
     examples=[{"family": "gcd", "question": "gcd of 4 and 6?", "answer": "2"}],
     training={
         "tokens": {"drill": 1000, "pretrain": 2000, "sft": 300},
@@ -66,6 +66,7 @@ def test_the_page_says_what_the_card_holds():
         "answers rightly in 85% of 40",
         "| gcd | some | 90.0% (0% to 100%) | 50.0% | 12.5% | 33 | 20.0% | 10.0% | 60.0% | 70.0% |",
         "- gcd of 4 and 6? (2)",
+        "Trained too, but not learned well enough: hop 30.0% (commonest answer 12.5%).",
     ):
         assert part in text
     head, rule = card_page(CARD).split("\n\n| ")[1].split("\n")[:2]
