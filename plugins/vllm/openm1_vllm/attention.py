@@ -369,7 +369,7 @@ def _rope_tables(
 def _rope_shapes(
     positions: torch.Tensor, rotary_dim: int, theta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = len(positions), rotary_dim // 2
+    shape = positions.shape[0], rotary_dim // 2
     return tuple(positions.new_empty(shape, dtype=torch.float32) for _ in range(2))
 
 
