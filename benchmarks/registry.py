@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from benchmarks.peers import (
     VllmPeer,
     random_weights,
     shape_315m,
+    shape_547m,
 )
 from benchmarks.server import NUM_TOKENS, QUESTIONS, contestants
 from benchmarks.train import train_race
@@ -175,22 +176,35 @@ def big_prefill(goal: float, threads: int) -> Race:
     return big_race(ask, big_contestants(1, 2048, threads), 2048, goal)
 
 
-@cache
-def both_on_vllm(threads: int) -> list[VllmPeer]:
+# The one shape, plugin and peer, that vLLM has been started for: a start takes half a minute.
+_on_vllm: dict[str, list[VllmPeer]] = {}
+VLLM_SHAPES = {"": shape_315m, "-547m": shape_547m}
+
+
+def both_on_vllm(shape: str, threads: int) -> list[VllmPeer]:
     """The plugin and another mixture of experts of vLLM's own in the same engine, started once for
-    all cases. In CPU time: their turns are long, and a machine is seldom quiet."""
-    made: list[Any] = []
-    with closing_on_error(made):
-        room = {"max_batch": 32, "max_context": 2560, "threads": threads, "cpu_time": True}
-        made.append(VllmPeer(shape_315m(), plugin=True, **room))
-        made.append(VllmPeer(shape_315m(), **room))
-    for one in made:
-        atexit.register(one.close)
-    return made
+    all cases of a shape. In CPU time: their turns are long, and a machine is seldom quiet."""
+    if shape not in _on_vllm:
+        for one in [peer for pair in _on_vllm.values() for peer in pair]:
+            one.close()
+        _on_vllm.clear()
+        made: list[Any] = []
+        with closing_on_error(made):
+            room = {"max_batch": 32, "max_context": 2560, "threads": threads, "cpu_time": True}
+            made.append(VllmPeer(VLLM_SHAPES[shape](), plugin=True, **room))
+            made.append(VllmPeer(VLLM_SHAPES[shape](), **room))
+        _on_vllm[shape] = made
+    return _on_vllm[shape]
 
 
-def on_vllm(ask: Callable[[Peer], Seconds], num_tokens: int, threads: int) -> Race:
-    ours, peer = both_on_vllm(threads)
+@atexit.register
+def _close_vllm() -> None:
+    for one in [peer for pair in _on_vllm.values() for peer in pair]:
+        one.close()
+
+
+def on_vllm(ask: Callable[[Peer], Seconds], num_tokens: int, shape: str, threads: int) -> Race:
+    ours, peer = both_on_vllm(shape, threads)
     return Race(
         num_tokens=num_tokens,
         contestants={OURS: ask(ours), peer.name: ask(peer)},
@@ -198,18 +212,34 @@ def on_vllm(ask: Callable[[Peer], Seconds], num_tokens: int, threads: int) -> Ra
     )
 
 
-def vllm_decode(batch: int, threads: int) -> Race:
+def vllm_decode(shape: str, batch: int, threads: int) -> Race:
     def ask(one: Peer) -> Seconds:
         return lambda: one.decode_s(batch, 256, 32)
 
-    return on_vllm(ask, batch * 32, threads)
+    return on_vllm(ask, batch * 32, shape, threads)
 
 
-def vllm_prefill(threads: int) -> Race:
+def vllm_prefill(shape: str, threads: int) -> Race:
     def ask(one: Peer) -> Seconds:
         return lambda: one.prefill_s(2048)
 
-    return on_vllm(ask, 2048, threads)
+    return on_vllm(ask, 2048, shape, threads)
+
+
+def _vllm_cases() -> dict[str, Case]:
+    cases: dict[str, Case] = {}
+    for shape in VLLM_SHAPES:
+        size = shape.lstrip("-").replace("m", " M") or "315 M"
+        for batch in (1, 8, 32):
+            cases[f"vllm-decode{shape}-b{batch}"] = Case(
+                about=f"the plugin in vLLM, decode, {size} bf16, batch {batch}",
+                race=partial(vllm_decode, shape, batch),
+            )
+        cases[f"vllm-prefill{shape}"] = Case(
+            about=f"the plugin in vLLM, prefill, {size} bf16, 2048 tokens",
+            race=partial(vllm_prefill, shape),
+        )
+    return cases
 
 
 def fork(threads: int) -> Race:
@@ -285,16 +315,7 @@ CASES: dict[str, Case] = {
         for batch, goal in ((1, 1.2), (8, 2.0), (32, 4.0))
     },
     "prefill-315m": Case(about="prefill, 315 M bf16, 2048 tokens", race=partial(big_prefill, 6.0)),
-    **{
-        f"vllm-decode-b{batch}": Case(
-            about=f"the plugin in vLLM, decode, 315 M bf16, batch {batch}",
-            race=partial(vllm_decode, batch),
-        )
-        for batch in (1, 8, 32)
-    },
-    "vllm-prefill": Case(
-        about="the plugin in vLLM, prefill, 315 M bf16, 2048 tokens", race=vllm_prefill
-    ),
+    **_vllm_cases(),
     "fork": Case(about="16 samples of one 4096-token prompt against 16 cold", race=fork),
     **{
         f"server-{kind}": Case(

@@ -172,9 +172,9 @@ def tile_rows(w, w_stride, packed, num_inputs, size, out, out_stride, scratch):
         width = tile_products(w, w_stride, packed, 32 * size, m, num_inputs, size, products)
         for i in range(0, width, 16):
             for n in range(0, ROW_BLOCK, 16):
-                vector.transpose_tile(
-                    products + 4 * (n * ROW_BLOCK + i), turned + 4 * (i * ROW_BLOCK + n)
-                )
+                here = products + 4 * (n * ROW_BLOCK + i)
+                there = turned + 4 * (i * ROW_BLOCK + n)
+                vector.transpose_tile(here, 4 * ROW_BLOCK, there, 4 * ROW_BLOCK)
         for i in range(min(width, num_inputs - m)):
             row = carray(vector.pointer_f32(out + (m + i) * out_stride), (ROW_BLOCK,))
             copy_row(scratch[ROW_BLOCK + i], row)
@@ -314,7 +314,8 @@ def score_tiles(keys, row_bytes, count, packed, num_queries, dim, scores, begin,
         at = keys + n * row_bytes
         vector.tile_dots_1(at, row_bytes, packed, ZERO, dim, products, 4 * ROW_BLOCK)
         for half in range(0, ROW_BLOCK, 16):
-            vector.transpose_tile(products + 4 * half * ROW_BLOCK, turned + 4 * half)
+            here = products + 4 * half * ROW_BLOCK
+            vector.transpose_tile(here, 4 * ROW_BLOCK, turned + 4 * half, 4 * ROW_BLOCK)
         for r in range(num_queries):
             copy_row(scratch[ROW_BLOCK + r], scores[r, begin + n : begin + n + ROW_BLOCK])
 

@@ -96,6 +96,14 @@ def _load(builder: Value, address: Value, kind: int, mask: Value | None = None) 
     return _widen(builder, raw, kind)
 
 
+def _fetch(builder: Value, address: Value) -> None:
+    """Asks for the cache line at `address`, which need not be memory of ours."""
+    pointer = builder.inttoptr(address, _I8.as_pointer())
+    # For reading, to the nearest cache, of data.
+    how = [ir.Constant(_I32, value) for value in (0, 3, 1)]
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *how])
+
+
 def _pairwise(builder: Value, vectors: list[Value]) -> Value:
     """A vector whose lane i is the sum of all lanes of the i-th of up to LANES vectors, neighbours
     first: at each level two vectors become one, its halves the sums of neighbouring lanes."""
@@ -158,10 +166,12 @@ def _outlined(name: str, num_args: int, build: Callable[..., None]):
     return codegen
 
 
-def _make_dots(num_rows: int, num_inputs: int, kind: int):
+def _make_dots(num_rows: int, num_inputs: int, kind: int, *, fetch_next: bool = False):
     """dots(w, w_stride, x, x_stride, size, scales, out, out_stride).
 
     out[m, n] = sum_i w[n, i] x[m, i], times scales[n] for int8 weights; x and out are fp32.
+    With `fetch_next`, the rows behind these are asked for meanwhile: worth it where weights come
+    from memory and rows are short (a page or less), which the core itself does not foresee.
     """
 
     def build(builder, w, w_stride, x, x_stride, size, scales, out, out_stride):
@@ -174,7 +184,10 @@ def _make_dots(num_rows: int, num_inputs: int, kind: int):
             activations = [_load(builder, builder.add(a, x_at), FLOAT32, mask) for a in inputs]
             new = list(sums)
             for n, row in enumerate(rows):
-                weight = _load(builder, builder.add(row, w_at), kind, mask)
+                here = builder.add(row, w_at)
+                weight = _load(builder, here, kind, mask)
+                if fetch_next:
+                    _fetch(builder, builder.add(here, builder.mul(w_stride, _const(num_rows))))
                 for m, activation in enumerate(activations):
                     place = m * num_rows + n
                     new[place] = _fma(builder, weight, activation, sums[place])
@@ -216,7 +229,8 @@ def _make_dots(num_rows: int, num_inputs: int, kind: int):
                 at = builder.add(out, builder.mul(out_stride, _const(m)))
                 builder.store(value, builder.inttoptr(at, piece.as_pointer()), align=4)
 
-    codegen = _outlined(f"openm1_dots_{num_rows}x{num_inputs}_{kind}", 8, build)
+    name = f"openm1_dots_{num_rows}x{num_inputs}_{kind}" + "_next" * fetch_next
+    codegen = _outlined(name, 8, build)
 
     @intrinsic
     def dots(typingctx, w, w_stride, x, x_stride, size, scales, out, out_stride):
@@ -274,6 +288,7 @@ def _make_weighted_sum(num_inputs: int, num_vectors: int, kind: int):
 
 
 dots_8x1_f32, dots_8x1_bf16, dots_8x1_i8 = (_make_dots(8, 1, kind) for kind in _ELEMENT)
+dots_8x1_bf16_next = _make_dots(8, 1, BFLOAT16, fetch_next=True)
 dots_4x4_f32, dots_4x4_bf16, dots_4x4_i8 = (_make_dots(4, 4, kind) for kind in _ELEMENT)
 dots_1x1_f32, dots_1x1_bf16, dots_1x1_i8 = (_make_dots(1, 1, kind) for kind in _ELEMENT)
 weighted_sum_4x4_f32, weighted_sum_4x4_bf16 = (
@@ -366,6 +381,16 @@ def pointer_u32(typingctx, address):
         return builder.inttoptr(args[0], _I32.as_pointer())
 
     return types.CPointer(types.uint32)(types.int64), codegen
+
+
+@intrinsic
+def pointer_i32(typingctx, address):
+    """An address as a pointer to int32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], _I32.as_pointer())
+
+    return types.CPointer(types.int32)(types.int64), codegen
 
 
 @intrinsic
@@ -580,6 +605,23 @@ def _as_bf16(builder: Value, x: Value) -> Value:
     return builder.select(is_nan, many(0x7FC00000), rounded)
 
 
+def _pairs(builder: Value, low: Value, high: Value) -> Value:
+    """Words of two bf16 each, from words whose upper halves they are."""
+    low = builder.lshr(low, _words([16] * TILE_ROWS))
+    return builder.or_(low, builder.and_(high, _words([0xFFFF0000] * TILE_ROWS)))
+
+
+def _bf16_words(builder: Value, address: Value) -> Value:
+    """TILE_ROWS bf16 as the upper halves of words."""
+    short = ir.VectorType(_I16, TILE_ROWS)
+    raw = builder.load(builder.inttoptr(address, short.as_pointer()), align=2)
+    return builder.shl(builder.zext(raw, _WORDS), _words([16] * TILE_ROWS))
+
+
+def _store(builder: Value, value: Value, address: Value) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=2)
+
+
 @intrinsic
 def pack_block(typingctx, source, target):
     """32 floats as 16 words of two bf16 each, a word every 64 bytes."""
@@ -591,9 +633,7 @@ def pack_block(typingctx, source, target):
             lanes = _words(range(start, 2 * TILE_ROWS, 2))
             return _as_bf16(builder, builder.shuffle_vector(*halves, lanes))
 
-        low = builder.lshr(every_other(0), _words([16] * TILE_ROWS))
-        high = builder.and_(every_other(1), _words([0xFFFF0000] * TILE_ROWS))
-        words = builder.or_(low, high)
+        words = _pairs(builder, every_other(0), every_other(1))
         for lane in range(TILE_ROWS):
             word = builder.extract_element(words, ir.Constant(_I32, lane))
             at = builder.add(args[1], _const(64 * lane))
@@ -604,11 +644,81 @@ def pack_block(typingctx, source, target):
 
 
 @intrinsic
-def transpose_tile(typingctx, source, target):
-    """16 rows of 16 floats, rows here and there 128 bytes apart."""
+def pair_bf16(typingctx, low, high, target):
+    """Two rows of 16 bf16 as a row of words: how tiles take two terms of 16 columns."""
 
     def codegen(context, builder, signature, args):
-        rows = [builder.load(_row_at(builder, args[0], 128 * i), align=4) for i in range(TILE_ROWS)]
+        words = [_bf16_words(builder, address) for address in args[:2]]
+        _store(builder, _pairs(builder, *words), args[2])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+@intrinsic
+def pair_floats(typingctx, low, high, target):
+    """Two rows of 16 floats, rounded to bf16, as a row of words."""
+
+    def codegen(context, builder, signature, args):
+        floats = [builder.load(_row_at(builder, address, 0), align=4) for address in args[:2]]
+        words = [_as_bf16(builder, x) for x in floats]
+        _store(builder, _pairs(builder, *words), args[2])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+@intrinsic
+def pair_scaled(typingctx, low, high, low_scale, high_scale, target, rest):
+    """`pair_bf16` of two rows times a float each, rounded; in `rest` what rounding left of them."""
+
+    def codegen(context, builder, signature, args):
+        rounded, left = [], []
+        for address, scale in zip(args[:2], args[2:4], strict=True):
+            one = builder.insert_element(
+                ir.Constant(_FLOATS, ir.Undefined), scale, ir.Constant(_I32, 0)
+            )
+            many = builder.shuffle_vector(one, one, _words([0] * TILE_ROWS))
+            value = builder.bitcast(_bf16_words(builder, address), _FLOATS)
+            value = builder.fmul(value, many)
+            near = builder.and_(_as_bf16(builder, value), _words([0xFFFF0000] * TILE_ROWS))
+            rounded.append(near)
+            left.append(_as_bf16(builder, builder.fsub(value, builder.bitcast(near, _FLOATS))))
+        _store(builder, _pairs(builder, *rounded), args[4])
+        _store(builder, _pairs(builder, *left), args[5])
+        return context.get_dummy_value()
+
+    numbers = [types.int64] * 2 + [types.float32] * 2 + [types.int64] * 2
+    return types.void(*numbers), codegen
+
+
+@intrinsic
+def separate_bf16(typingctx, source, low, high):
+    """A row of 16 words as two rows of bf16."""
+
+    def codegen(context, builder, signature, args):
+        short = ir.VectorType(_I16, TILE_ROWS)
+        words = builder.load(builder.inttoptr(args[0], _WORDS.as_pointer()), align=4)
+        _store(builder, builder.trunc(words, short), args[1])
+        upper = builder.lshr(words, _words([16] * TILE_ROWS))
+        _store(builder, builder.trunc(upper, short), args[2])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+@intrinsic
+def transpose_tile(typingctx, source, source_stride, target, target_stride):
+    """16 rows of 16 floats or other words of 32 bits; addresses and byte strides."""
+
+    def codegen(context, builder, signature, args):
+        source, source_stride, target, target_stride = args
+
+        def row_at(base, stride, i):
+            place = builder.add(base, builder.mul(stride, _const(i)))
+            return builder.inttoptr(place, _FLOATS.as_pointer())
+
+        rows = [builder.load(row_at(source, source_stride, i), align=4) for i in range(TILE_ROWS)]
         # Swaps blocks of one, two, four and eight across the diagonal.
         for size in (1, 2, 4, 8):
             upper = [n if not n & size else TILE_ROWS + n - size for n in range(TILE_ROWS)]
@@ -618,10 +728,10 @@ def transpose_tile(typingctx, source, target):
                 rows[i] = builder.shuffle_vector(*pair, _words(upper))
                 rows[i + size] = builder.shuffle_vector(*pair, _words(lower))
         for i, row in enumerate(rows):
-            builder.store(row, _row_at(builder, args[1], 128 * i), align=4)
+            builder.store(row, row_at(target, target_stride, i), align=4)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), codegen
+    return types.void(*[types.int64] * 4), codegen
 
 
 HAS_YIELD = sys.platform != "win32"

@@ -6,7 +6,8 @@ the metadata builder below, which says where each sequence's state is and which 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,10 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.mamba.checkpoint import (
+    MambaPrefillCheckpointBuilder,
+    MambaPrefillCheckpointMetadata,
+)
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import (
@@ -37,36 +42,61 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.attention.backends.utils import (
     PAD_SLOT_ID,
-    mamba_get_block_table_tensor,
     split_decodes_and_prefills,
 )
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from openm1.kernels.packing import PackedLayout
 from openm1.model.config import M1Config
 from openm1.model.lightning_attention import OUTPUT_NORM_EPS, layer_slopes
-from openm1.model.rope import apply_rope
+from openm1.model.rope import apply_rope, rope_tables
 from openm1_vllm.kernels import lightning_decode, lightning_prefill
-from openm1_vllm.register import LIGHTNING_OP
+from openm1_vllm.register import LIGHTNING_OP, ROPE_OP
 
 NARROWEST_HEAD = 32
 
 
-@dataclass
+@dataclass(frozen=True)
+class Part:
+    """Tokens that a prefill takes in one go."""
+
+    rows: slice | torch.Tensor
+    """Which of the step's tokens, in the order of `layout`."""
+    layout: PackedLayout
+
+
+@dataclass(frozen=True)
 class LightningMetadata:
-    """One step's batch: first the rows that continue by one token, then all others."""
+    """One step's batch: first the rows that continue by one token, then all others.
+
+    All groups of layers share it but for `pages` and `kept_pages`.
+    """
 
     num_decodes: int
+    columns: torch.Tensor | None
+    """[S, 1] int64: where in a group's block table each sequence's page is; None: in the first."""
+    padding: torch.Tensor | None
+    """[S] bool: rows without a sequence, in a batch of decodes only."""
     pages: torch.Tensor
     """[S] int32: the page of each sequence's state; PAD_SLOT_ID for padding."""
-    layout: PackedLayout | None
-    """Of the sequences behind the decodes; None where there are none."""
-    has_state: torch.Tensor | None
-    """[N, 1, 1, 1] bool: 0 where a sequence of `layout` starts: its page holds another's state."""
+    first: Part | None = None
+    """Of the N sequences behind the decodes; None where there are none. Up to where the prefix
+    cache keeps a state, where it keeps one in the middle of this step."""
+    has_state: torch.Tensor | None = None
+    """[N, 1, 1, 1] bool: 0 where a sequence starts: its page holds another's state."""
+    second: Part | None = None
+    """What the M sequences of which such a state is kept have behind it."""
+    kept: torch.Tensor | None = None
+    """[M] int64: which of the N they are."""
+    checkpoint: MambaPrefillCheckpointMetadata | None = None
+    kept_pages: torch.Tensor | None = None
+    """[M]: where that state goes."""
 
 
 class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     reorder_batch_threshold = 1
+    supports_update_block_table = True
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config: VllmConfig, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -74,6 +104,7 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
         graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         limit = max(vllm_config.scheduler_config.max_num_seqs, graph)
         self._pages = torch.full((limit,), PAD_SLOT_ID, dtype=torch.int32, device=device)
+        self._checkpoints = MambaPrefillCheckpointBuilder(vllm_config, kv_cache_spec)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata):
         nothing = torch.zeros(common_attn_metadata.num_reqs, dtype=torch.bool)
@@ -90,31 +121,94 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
         num_decodes, *_ = split_decodes_and_prefills(
             batch, decode_threshold=1, treat_short_extends_as_decodes=False
         )
-        pages = mamba_get_block_table_tensor(
-            batch.block_table_tensor,
-            batch.seq_lens,
-            self.kv_cache_spec,
-            self.vllm_config.cache_config.mamba_cache_mode,
-        )[:, 0]
         # Rows without tokens, at the end, are padding.
-        lengths = [n for n in torch.diff(batch.query_start_loc_cpu[num_decodes:]).tolist() if n]
+        bounds = batch.query_start_loc_cpu[num_decodes:].tolist()
+        lengths = [b - a for a, b in pairwise(bounds) if b > a]
+        columns = self._columns(batch.seq_lens)
         if not lengths:
-            return LightningMetadata(num_decodes, self._graph_pages(pages, batch), None, None)
+            padding = torch.diff(batch.query_start_loc) == 0
+            pages = self._place(batch.block_table_tensor, columns, padding)
+            return LightningMetadata(num_decodes, columns, padding, pages)
         others = slice(num_decodes, num_decodes + len(lengths))
         past = (batch.seq_lens - torch.diff(batch.query_start_loc))[others]
-        return LightningMetadata(
-            num_decodes=num_decodes,
-            pages=pages[: others.stop],
-            layout=PackedLayout(lengths, pages.device),
-            has_state=(past > 0)[:, None, None, None],
+        checkpoint = self._checkpoints.build(batch, list(range(others.start, others.stop)))
+        first, second, kept = _parts(
+            lengths, checkpoint.offsets if checkpoint else None, bounds[0], self.device
         )
+        columns = columns[: others.stop] if columns is not None else None
+        made = LightningMetadata(
+            num_decodes=num_decodes,
+            columns=columns,
+            padding=None,
+            pages=self._place(batch.block_table_tensor[: others.stop], columns, None),
+            first=first,
+            has_state=(past > 0)[:, None, None, None],
+            second=second,
+            kept=kept,
+            checkpoint=checkpoint,
+        )
+        return _with_kept_pages(made)
 
-    def _graph_pages(self, pages: torch.Tensor, batch: CommonAttentionMetadata) -> torch.Tensor:
-        """A view of a buffer that never moves; rows of padding have no tokens."""
-        count = len(pages)
-        padding = torch.diff(batch.query_start_loc[: count + 1]) == 0
-        self._pages[:count] = pages.masked_fill(padding, PAD_SLOT_ID)
-        return self._pages[:count]
+    def update_block_table(
+        self, metadata: LightningMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> LightningMetadata:
+        """The same step for another group of layers, whose states lie in other pages."""
+        table = blk_table[: len(metadata.pages)]
+        pages = self._place(table, metadata.columns, metadata.padding)
+        if metadata.checkpoint is None:
+            return replace(metadata, pages=pages)
+        checkpoint = metadata.checkpoint.regather_state_indices(blk_table)
+        return _with_kept_pages(replace(metadata, pages=pages, checkpoint=checkpoint))
+
+    def _columns(self, seq_lens: torch.Tensor) -> torch.Tensor | None:
+        """With prefix caching a table has a column for each block of tokens, else one for all."""
+        if self.vllm_config.cache_config.mamba_cache_mode == "none":
+            return None
+        return ((seq_lens - 1) // self.kv_cache_spec.block_size).clamp(min=0).long()[:, None]
+
+    def _place(
+        self, table: torch.Tensor, columns: torch.Tensor | None, padding: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The pages; of decodes only, in a buffer that never moves."""
+        pages = (table if columns is None else table.gather(1, columns))[:, 0]
+        if padding is None:
+            return pages
+        self._pages[: len(pages)] = pages.masked_fill(padding, PAD_SLOT_ID)
+        return self._pages[: len(pages)]
+
+
+def _parts(
+    lengths: list[int], offsets: list[int] | None, start: int, device: torch.device
+) -> tuple[Part, Part | None, torch.Tensor | None]:
+    """Sequences whose tokens begin at `start`, cut where their offset is not 0; which are cut."""
+    if offsets is None:
+        whole = slice(start, start + sum(lengths))
+        return Part(whole, PackedLayout(lengths, device)), None, None
+    cuts, heads, tails = [], [], []
+    for length, offset in zip(lengths, offsets, strict=True):
+        cuts.append(offset or length)
+        heads.append(range(start, start + cuts[-1]))
+        tails.append(range(start + cuts[-1], start + length))
+        start += length
+    kept = [i for i, offset in enumerate(offsets) if offset]
+    rests = [lengths[i] - cuts[i] for i in kept]
+    return (
+        Part(_rows(heads, device), PackedLayout(cuts, device)),
+        Part(_rows([tails[i] for i in kept], device), PackedLayout(rests, device)),
+        torch.tensor(kept, device=device),
+    )
+
+
+def _rows(ranges: list[range], device: torch.device) -> slice | torch.Tensor:
+    if len(ranges) == 1:
+        return slice(ranges[0].start, ranges[0].stop)
+    return torch.cat([torch.arange(r.start, r.stop) for r in ranges]).to(device)
+
+
+def _with_kept_pages(made: LightningMetadata) -> LightningMetadata:
+    if made.checkpoint is None:
+        return made
+    return replace(made, kept_pages=made.checkpoint.state_indices[made.kept].long())
 
 
 class LightningBackend(AttentionBackend):
@@ -207,14 +301,24 @@ class LightningAttention(nn.Module, MambaBase):
         if count:
             q, k, v = rows[:count].chunk(3, -1)
             lightning_decode(q, k, v, self.slopes, states, batch.pages[:count], result[:count])
-        if batch.layout is not None:
-            end = count + batch.layout.num_tokens
-            q, k, v = rows[count:end].chunk(3, -1)
-            pages = batch.pages[count:].long()
-            before = states[pages].masked_fill(~batch.has_state, 0.0)
-            result[count:end], states[pages] = lightning_prefill(
-                q, k, v, self.slopes, batch.layout, before
-            )
+        if batch.first is None:
+            return
+        pages = batch.pages[count:].long()
+        before = states[pages].masked_fill(~batch.has_state, 0.0)
+        after = self._prefill(rows, batch.first, before, result)
+        if batch.second is not None:
+            kept = after[batch.kept]
+            states[batch.kept_pages] = kept
+            after[batch.kept] = self._prefill(rows, batch.second, kept, result)
+        states[pages] = after
+
+    def _prefill(
+        self, rows: torch.Tensor, part: Part, before: torch.Tensor, result: torch.Tensor
+    ) -> torch.Tensor:
+        """The states after each sequence of `part`; fills its rows of `result`."""
+        q, k, v = rows[part.rows].chunk(3, -1)
+        result[part.rows], after = lightning_prefill(q, k, v, self.slopes, part.layout, before)
+        return after
 
     def rehearse(self, qkv: torch.Tensor) -> None:
         """Takes the memory, and compiles the kernels, of a prefill of all rows of `qkv`."""
@@ -228,6 +332,11 @@ class LightningAttention(nn.Module, MambaBase):
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return LightningBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MambaSpec:
+        """A prefill can keep the state at any of its tokens for the prefix cache, in one step."""
+        spec = super().get_kv_cache_spec(vllm_config)
+        return replace(spec, num_prefill_checkpoint_blocks=1, prefill_checkpoint_alignment=1)
 
     def get_state_shape(self) -> tuple[tuple[int, int, int]]:
         return ((self.num_heads, self.head_dim, self.head_dim),)
@@ -248,6 +357,23 @@ def _lightning(qkv: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
 
 
 direct_register_custom_op(op_name=LIGHTNING_OP, op_func=_lightning, mutates_args=["out"])
+
+
+def _rope_tables(
+    positions: torch.Tensor, rotary_dim: int, theta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Opaque to torch.compile, which would else compute the fp64 angles anew in every head."""
+    return rope_tables(positions, rotary_dim, theta)
+
+
+def _rope_shapes(
+    positions: torch.Tensor, rotary_dim: int, theta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = positions.shape[0], rotary_dim // 2
+    return tuple(positions.new_empty(shape, dtype=torch.float32) for _ in range(2))
+
+
+direct_register_custom_op(op_name=ROPE_OP, op_func=_rope_tables, fake_impl=_rope_shapes)
 
 
 class SoftmaxAttention(nn.Module):

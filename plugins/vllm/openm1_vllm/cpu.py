@@ -1,4 +1,4 @@
-"""On a CPU: a decode step of lightning attention in one pass, and fp32 logits from a bf16 head.
+"""On a CPU: fp32 logits from a bf16 head, and how kernels share their work among threads.
 
 torch's product of two bf16 matrices rounds its sums to bf16 there, and a head widened to fp32 is
 read at half the speed: the head is most of a small model's decode. So this is OpenM1's own product,
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numba import carray
 from torch import nn
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
@@ -24,36 +23,12 @@ from openm1.kernels.cpu.blocks import ROW_BLOCK, address_of, pack_tiles, project
 from openm1.kernels.cpu.compile import kernel
 from openm1.kernels.cpu.tiles import tiles_available
 
-ZERO = np.int64(0)
+ZERO, ONE = np.int64(0), np.int64(1)
 # What the tile unit is told: palette 1, all tiles of 16 rows of 64 bytes.
-SETUP = np.zeros(64, np.uint8)
-SETUP[0] = 1
-SETUP[16:32].view(np.uint16)[:] = 64
-SETUP[48:56] = 16
-
-
-def lightning_decode_cpu(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    slopes: torch.Tensor,
-    states: torch.Tensor,
-    pages: torch.Tensor,
-) -> torch.Tensor:
-    """Outputs [S, H, D] in fp32; moves the fp32 states [P, H, D, D] of `pages` on where they lie.
-
-    A state is contiguous; pages may lie apart.
-    """
-    inputs = [x.float().contiguous().numpy() for x in (q, k, v)]
-    out = torch.zeros(q.shape)
-    decays, places, sums = torch.exp(-slopes).numpy(), pages.numpy(), out.numpy()
-    start, stride = np.int64(states.data_ptr()), np.int64(4 * states.stride(0))
-
-    def rows(first: int, stop: int) -> None:
-        _decode(*inputs, decays, start, stride, places, sums, first, stop)
-
-    _in_threads(rows, len(q), 1)
-    return out
+TILE_SETUP = np.zeros(64, np.uint8)
+TILE_SETUP[0] = 1
+TILE_SETUP[16:32].view(np.uint16)[:] = 64
+TILE_SETUP[48:56] = 16
 
 
 class WideHead(UnquantizedEmbeddingMethod):
@@ -72,25 +47,28 @@ class WideHead(UnquantizedEmbeddingMethod):
 def head_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x W^T, [S, C] fp32 by [V, C] bf16, summed in fp32. With tiles `x` is rounded to bf16."""
     count, size = x.shape
-    tiles = count > 1 and size % 32 == 0 and _tiles()
+    with_tiles = count > 1 and size % 32 == 0 and tiles()
     # Vectors take four inputs at a time, tiles sixteen.
     inputs = np.zeros((-(-count // 16) * 16, size), np.float32)
     inputs[:count] = x.numpy()
-    packed = np.empty(inputs.shape if tiles else (0, size), np.uint16)
-    if tiles:
+    packed = np.empty(inputs.shape if with_tiles else (0, size), np.uint16)
+    if with_tiles:
         _pack(inputs, packed)
     out = torch.empty(-(-count // 4) * 4, len(weight))
     bits, logits = weight.detach().view(torch.int16).numpy(), out.numpy()
 
     def rows(first: int, stop: int) -> None:
+        if count == 1:
+            _one_product(bits, first, stop, inputs, logits)
+            return
         scratch = np.empty((2 * ROW_BLOCK, ROW_BLOCK), np.float32)
-        _product(bits, first, stop, inputs, count, logits, tiles, packed, scratch, SETUP)
+        _product(bits, first, stop, inputs, count, logits, with_tiles, packed, scratch, TILE_SETUP)
 
-    _in_threads(rows, len(weight), ROW_BLOCK)
+    in_threads(rows, len(weight), ROW_BLOCK)
     return out[:count]
 
 
-def _in_threads(rows: Callable[[int, int], None], total: int, block: int) -> None:
+def in_threads(rows: Callable[[int, int], None], total: int, block: int) -> None:
     """rows(first, stop) for shares of `total`, in whole blocks, one for each of torch's threads."""
     blocks = -(-total // block)
     threads = min(torch.get_num_threads(), blocks)
@@ -102,26 +80,25 @@ def _in_threads(rows: Callable[[int, int], None], total: int, block: int) -> Non
 
 
 @kernel
-def _decode(q, k, v, decays, states, page_bytes, pages, out, first, stop):
-    heads, dim = q.shape[1], q.shape[2]
-    for s in range(first, stop):
-        for h in range(heads):
-            at = states + pages[s] * page_bytes + 4 * h * dim * dim
-            decay, value, total = decays[h], v[s, h], out[s, h]
-            for i in range(dim):
-                state = carray(vector.pointer_f32(at + 4 * i * dim), (dim,))
-                query, key = q[s, h, i], k[s, h, i]
-                for j in range(dim):
-                    new = decay * state[j] + key * value[j]
-                    state[j] = new
-                    total[j] += query * new
-
-
-@kernel
 def _pack(inputs, packed):
     size = inputs.shape[1]
     for i in range(len(inputs)):
         pack_tiles(inputs[i], 0, size, size, i, packed)
+
+
+@kernel
+def _one_product(w, first, stop, inputs, out):
+    size = inputs.shape[1]
+    stride, x, n = 2 * size, address_of(inputs), first
+    while n + 8 <= stop:
+        at, to = address_of(w) + n * stride, address_of(out) + 4 * n
+        vector.dots_8x1_bf16_next(at, stride, x, ZERO, size, ZERO, to, ZERO)
+        n += 8
+    if n < stop:
+        project(
+            vector.BFLOAT16, address_of(w), ZERO, n, stop, inputs, ONE, size,
+            address_of(out), ZERO, False, ZERO, inputs,
+        )  # fmt: skip
 
 
 @kernel
@@ -137,7 +114,7 @@ def _product(w, first, stop, inputs, count, out, tiles, packed, scratch, setup):
 
 
 @cache
-def _tiles() -> bool:
+def tiles() -> bool:
     return tiles_available()
 
 

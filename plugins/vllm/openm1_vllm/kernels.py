@@ -1,4 +1,4 @@
-"""Lightning attention as vLLM needs it: Triton on a GPU, torch and numba elsewhere."""
+"""Lightning attention as vLLM needs it: Triton on a GPU, numba and torch elsewhere."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ def lightning_prefill(
         from openm1_vllm.triton_lightning import lightning_prefill_triton
 
         return lightning_prefill_triton(q, k, v, slopes, layout, initial_state)
+    from openm1_vllm.cpu_lightning import can_prefill, lightning_prefill_cpu
+
+    if can_prefill(q):
+        return lightning_prefill_cpu(q, k, v, slopes, layout, initial_state)
     out, state = lightning_chunk(q, k, v, slopes, layout=layout, initial_state=initial_state)
     assert state is not None
     return out, state
@@ -47,6 +51,6 @@ def lightning_decode(
 
         lightning_decode_triton(q, k, v, slopes, states, pages, out)
         return
-    from openm1_vllm.cpu import lightning_decode_cpu
+    from openm1_vllm.cpu_lightning import lightning_decode_cpu
 
-    out.copy_(lightning_decode_cpu(q, k, v, slopes, states, pages))
+    lightning_decode_cpu(q, k, v, slopes, states, pages, out)

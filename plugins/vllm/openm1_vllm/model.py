@@ -33,9 +33,9 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from openm1.model.config import SOFTMAX, M1Config
-from openm1.model.rope import rope_tables
 from openm1_vllm.attention import LightningAttention, SoftmaxAttention
 from openm1_vllm.config import m1_config
+from openm1_vllm.register import ROPE_OP
 
 
 class MoE(nn.Module):
@@ -144,7 +144,7 @@ class M1Model(nn.Module):
             hidden = intermediate_tensors["hidden_states"]
         else:
             hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        rope = rope_tables(positions, self.rotary_dim, self.rope_theta)
+        rope = getattr(torch.ops.vllm, ROPE_OP)(positions, self.rotary_dim, self.rope_theta)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             hidden = layer(hidden, rope)
         if not get_pp_group().is_last_rank:

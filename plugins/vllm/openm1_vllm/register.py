@@ -15,6 +15,7 @@ TESTED_VLLM = ("0.32",)
 MODEL_TYPES = ("minimax_m1", "minimax_text_01")
 ARCHITECTURES = ("MiniMaxM1ForCausalLM", "MiniMaxText01ForCausalLM")
 LIGHTNING_OP = "openm1_lightning"
+ROPE_OP = "openm1_rope_tables"
 
 
 def register() -> None:
