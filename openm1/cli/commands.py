@@ -304,7 +304,7 @@ def train(recipe: Positional[str], *, folder: Path | None = None, share: float =
     """All stages of a recipe, chain or nano, in order; stopped and called again it goes on.
 
     --share 0.01 does a hundredth of the steps, to try it out. Without --folder it is the recipe's
-    own, under runs/. On several cores or GPUs: torchrun --nproc-per-node 2 .venv/bin/openm1 train.
+    own, under runs/. On several cores: torchrun --nproc-per-node 2 .venv/bin/openm1 train.
     """
     from openm1.recipes.catalog import run_recipe
     from openm1.train.parallel import Processes

@@ -1,6 +1,6 @@
 """Data-parallel training: every process takes its share of a step, and gradients are summed.
 
-Started by torchrun, one process for each core or GPU; alone, nothing here does anything.
+Started by torchrun, one process for each core; alone, nothing here does anything.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            # Recipes train on the CPU, also where there is a GPU.
+            dist.init_process_group("gloo")
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
