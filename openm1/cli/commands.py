@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Kernels = Literal["auto", "torch", "cpu"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 Weights = Literal["full", "int8"]
-TRAINERS = ("drill", "pretrain", "sft", "rl")
+TRAINERS = ("drill", "pretrain", "multiturn", "sft", "rl")
 
 # A flag has one form, the one that changes something: --json, not --no-json beside it.
 TYRO_CONFIG = (FlagCreatePairsOff,)
@@ -315,7 +315,7 @@ def train(recipe: Positional[str], *, folder: Path | None = None, share: float =
 
 
 def train_stage(kind: str, args: Sequence[str]) -> None:
-    """`openm1 drill|pretrain|sft|rl RECIPE [--overrides]`."""
+    """`openm1 drill|pretrain|multiturn|sft|rl RECIPE [--overrides]`."""
     from openm1.recipes.catalog import RECIPES, recipe_stage
     from openm1.recipes.runs import RLRun, run_rl, run_supervised
 

@@ -14,7 +14,7 @@ from openm1.common.errors import RunStopped
 
 DESCRIPTION = """OpenM1: run, train and measure MiniMax-M1-class reasoning models.
 
-One stage of a training: openm1 drill|pretrain|sft|rl RECIPE [--help] [--overrides].
+One stage of a training: openm1 drill|pretrain|multiturn|sft|rl RECIPE [--help] [--overrides].
 Costs: openm1 plan flops|memory|run|price [--help]."""
 
 

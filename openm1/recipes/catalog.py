@@ -31,6 +31,7 @@ RECIPES: dict[str, dict[str, SupervisedRun | RLRun]] = {
     "nano": {
         "drill": nano.DRILL,
         "pretrain": nano.PRETRAIN,
+        "multiturn": nano.MULTITURN,
         "sft": nano.COLD_START,
         "rl": nano.CISPO_RUN,
     },

@@ -1,8 +1,9 @@
 """The recipe of nano: chain, hop and families of reasoning-gym, each with worked thoughts.
 
 A drill teaches it to copy and to look up; pretraining shows every family's worked thought, some
-questions in a person's words. The cold start then shows two ways, the thought and the hasty answer,
-mostly the hasty one; CISPO finds out by itself which of them pays.
+questions in a person's words, and then several questions in one chat. The cold start shows two
+ways, the thought and the hasty answer, mostly the hasty one; CISPO finds out by itself which of
+them pays.
 """
 
 from __future__ import annotations
@@ -93,9 +94,39 @@ PRETRAIN = SupervisedRun(
     ),
 )
 
+MULTITURN = SupervisedRun(
+    folder=FOLDER / "multiturn",
+    init=PRETRAIN.folder,
+    data=TraceData(
+        # What must be copied from far away is learned slowest.
+        families={
+            **WITH_UNKNOWN,
+            "chain": 0.14,
+            "hop": 0.16,
+            "spell_backward": 0.12,
+            "word_sequence_reversal": 0.08,
+            "family_relationships": 0.05,
+        },
+        max_turns=5,
+        direct_share=dict.fromkeys(FAMILIES, DIRECT_SHARE),
+        easier_share=0.2,
+        reworded_share=0.3,
+        calculator_share=0.02,
+        seed=3,
+    ),
+    train=SupervisedConfig(
+        num_steps=3200,
+        max_tokens=4096,
+        optimizer=AdamWConfig(learning_rate=4e-3, matrices="muon"),
+        schedule=Schedule(warmup_steps=20, decay_share=0.9),
+        save_every_steps=100,
+    ),
+)
+"""One to five questions in a row: who has only ever seen one finds the second unreadable."""
+
 COLD_START = SupervisedRun(
     folder=FOLDER / "sft",
-    init=PRETRAIN.folder,
+    init=MULTITURN.folder,
     data=TraceData(
         families=WITH_UNKNOWN,
         batch_tokens=3072,

@@ -38,8 +38,9 @@ def card_page(card: Card) -> str:
 
 A hybrid lightning-attention mixture of experts in M1's shape, trained from random weights on a CPU
 by the recipe `openm1/recipes/nano.py`: {tokens["drill"]:,} tokens of drill in copying and looking
-up, {tokens["pretrain"]:,} of pretraining, {tokens["sft"]:,} of cold start, {steps} steps of CISPO;
-{minutes} minutes on {cores}. It thinks in view, then answers.
+up, {tokens["pretrain"]:,} of pretraining on single questions, {tokens["multiturn"]:,} on chats of
+up to five, {tokens["sft"]:,} of cold start, {steps} steps of CISPO; {minutes} minutes on {cores}.
+It thinks in view, then answers.
 
 Accuracy is greedy on {asked["num_samples"]} prompts per family that no training stream contains
 (held out by prompt, seed {asked["seed"]}), with the 95 % interval; the mean over the

@@ -118,14 +118,16 @@ class TraceSource:
             if rng.random() < self.data.calculator_share:
                 messages, tools = calculator_conversation(self._random(place, "calculator"))
             else:
-                turns = [self._turn(place + i) for i in range(num_turns)]
+                # One way of answering for the whole chat: its later replies go like its first.
+                hurry = self._random(place, "hurry").random()
+                turns = [self._turn(place + i, hurry) for i in range(num_turns)]
                 messages, tools = [message for turn in turns for message in turn], []
             place += num_turns
             examples.append(conversation_example(self.chat_format, messages, tools))
             room -= len(examples[-1].token_ids)
         return examples
 
-    def _turn(self, place: int) -> list[Message]:
+    def _turn(self, place: int, hurry: float) -> list[Message]:
         """A question, in the family's words or a person's, and its reply."""
         taskset, task = self.mixture.task(place)
         rng = self._random(place, "question")
@@ -135,14 +137,14 @@ class TraceSource:
         asked = task
         if rng.random() < self.data.reworded_share and task.family in WORDINGS:
             asked = reword(task, rng)
-        return [*asked.prompt, self._reply(taskset, task, self._random(place, "reply"))]
+        return [*asked.prompt, self._reply(taskset, task, hurry, self._random(place, "reply"))]
 
     def _random(self, place: int, use: str) -> Random:
         """Its own numbers for each use: shared ones would tie what should be independent."""
         return Random(stable_hash(f"{self.data.seed}/{place}/{use}"))
 
-    def _reply(self, taskset: Taskset, task: Task, rng: Random) -> Message:
-        if rng.random() < self.data.direct_share.get(task.family, 0.0):
+    def _reply(self, taskset: Taskset, task: Task, hurry: float, rng: Random) -> Message:
+        if hurry < self.data.direct_share.get(task.family, 0.0):
             return Message(role="assistant", reasoning="", content=task.answer)
         if isinstance(taskset, ChainTaskset):
             return taskset.trace(task, rng, share_full=self.data.chain_full_share)

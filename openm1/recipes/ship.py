@@ -178,13 +178,14 @@ def _training(config: ShipConfig) -> dict[str, Any]:
     stages = {
         "drill": nano.DRILL,
         "pretrain": nano.PRETRAIN,
+        "multiturn": nano.MULTITURN,
         "sft": nano.COLD_START,
         "rl": nano.CISPO_RUN,
     }
     folder = config.before.parent
     tokens: dict[str, int] = {}
     seconds: dict[str, int] = {}
-    for name in ("drill", "pretrain", "sft"):
+    for name in ("drill", "pretrain", "multiturn", "sft"):
         lines = read_metrics(folder / name / "metrics.jsonl")
         tokens[name] = int(sum(line["train/tokens"] for line in lines))
         seconds[name] = round(

@@ -47,8 +47,8 @@ CARD = Card(
     also={"unknown": metrics(0.95), "calculator": metrics(0.85), "hop": metrics(0.3)},
     examples=[{"family": "gcd", "question": "gcd of 4 and 6?", "answer": "2"}],
     training={
-        "tokens": {"drill": 1000, "pretrain": 2000, "sft": 300},
-        "seconds": {"drill": 60, "pretrain": 120, "sft": 30, "rl": 30},
+        "tokens": {"drill": 1000, "pretrain": 2000, "multiturn": 1500, "sft": 300},
+        "seconds": {"drill": 60, "pretrain": 120, "multiturn": 30, "sft": 30, "rl": 30},
         "processes": 2,
         "recipe": {"rl": {"rl": {"num_steps": 7}}},
         "evaluation": {"num_samples": 40, "seed": 3, "temperature": 0.0},
@@ -60,6 +60,7 @@ def test_the_page_says_what_the_card_holds():
     text = " ".join(card_page(CARD).split())
     for part in (
         "1,000 tokens of drill",
+        "1,500 on chats of up to five",
         "7 steps of CISPO; 4 minutes on 2 cores",
         "the mean over the 2 families is 85.0%, before CISPO 40.0%",
         "does not know in 95% of 40",

@@ -95,6 +95,14 @@ def test_each_family_has_its_share_of_direct_answers():
     assert direct["hop"] / totals["hop"] == pytest.approx(0.1, abs=0.07)
 
 
+def test_a_chat_is_hasty_throughout_or_not_at_all():
+    batch = source(max_turns=4, batch_tokens=20_000, direct_share={"chain": 0.4, "hop": 0.4})(0)
+    chats = [TOKENIZER.decode(example.token_ids) for example in batch]
+    hasty = [(text.count("<think></think>"), text.count("ai name=assistant\n")) for text in chats]
+    assert all(count in (0, turns) for count, turns in hasty)
+    assert {count > 0 for count, turns in hasty if turns > 1} == {True, False}
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_chains_are_thought_through_as_often_as_asked(share: float):
     examples = source(families={"chain": 1.0}, batch_tokens=8000, chain_full_share=share)(0)

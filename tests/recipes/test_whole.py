@@ -66,7 +66,7 @@ def test_a_recipe_killed_in_each_stage_ends_as_one_left_alone(tmp_path: Path):
 
 def test_stages_follow_each_other_in_the_folder_that_is_given(tmp_path: Path):
     stages = recipe_stages("nano", tmp_path, share=0.01)
-    assert list(stages) == ["drill", "pretrain", "sft", "rl"]
+    assert list(stages) == ["drill", "pretrain", "multiturn", "sft", "rl"]
     folders = [run.folder for run in stages.values()]
     assert folders == [tmp_path / name for name in stages]
     assert [run.init for run in stages.values()] == [None, *folders[:-1]]
