@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _run_one_of(plan.PLANS, "openm1 plan", plan.DESCRIPTION, args[1:])
         else:
             _run_one_of(COMMANDS, "openm1", DESCRIPTION, args)
+        sys.stdout.flush()
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"openm1: {error}", file=sys.stderr)
         sys.exit(2)
@@ -44,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("openm1: interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # Who read the output has gone, as `head` does; what is still buffered must not be tried.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def _run_one_of(

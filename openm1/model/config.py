@@ -370,13 +370,13 @@ M1_80K = replace(M1_40K)
 
 PRESETS: dict[str, M1Config] = {
     "nano": post_norm_config(
-        vocab_size=448,
+        vocab_size=832,
         hidden_size=128,
         num_hidden_layers=8,
         num_attention_heads=8,
         period=4,
         max_position_embeddings=10_240_000,
-        eos_token_id=399,
+        eos_token_id=768,
     ),
     "m1-40k": M1_40K,
     "m1-80k": M1_80K,

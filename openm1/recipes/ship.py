@@ -62,7 +62,7 @@ class ShipConfig:
     target: Path = SHIPPED["nano"]
     docs: Path = Path("docs")
     """Where the plots go."""
-    num_samples: int = 200
+    num_samples: int = 100
     seed: int = 101
     max_tokens: int = 400
     processes: int = 1

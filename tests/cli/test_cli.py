@@ -151,6 +151,18 @@ def test_overrides_reach_the_run(monkeypatch: pytest.MonkeyPatch, capsys) -> Non
     assert seen[0].train.num_steps == 7 and seen[0].data.families == {"chain": 1.0}
 
 
+@pytest.mark.parametrize("args", [("--help",), ("inspect", "m1-80k")])
+def test_output_that_nobody_reads_is_no_error(args: tuple[str, ...]):
+    code = "import sys; from openm1.cli.main import main; main(sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 141
+
+
 def test_help_names_every_command_without_torch() -> None:
     code = (
         "import sys\n"
@@ -166,7 +178,8 @@ def test_help_names_every_command_without_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    for name in ("inspect", "generate", "chat", "convert", "eval", "demo", "pretrain|sft|rl"):
+    stages = "pretrain|multiturn|sft|rl"
+    for name in ("inspect", "generate", "chat", "convert", "eval", "demo", stages):
         assert name in done.stdout
 
 

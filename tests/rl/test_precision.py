@@ -16,10 +16,10 @@ def test_the_fp32_head_mends_what_a_bf16_head_breaks():
     broken, whole = results["Bf16Head"], results["M1ForCausalLM"]
     assert broken["rl/probability_corr"] < 0.95
     assert broken["rl/probability_max_difference"] > 0.5
-    assert broken["rl/sampler_kl_nats"] > 0.05
-    assert broken["reward"] < 0.85
+    assert broken["rl/sampler_kl_nats"] > 0.5
+    assert broken["reward"] < 0.6
     # What is left is the bf16 of the layers below.
     assert whole["rl/probability_corr"] > 0.999
-    assert whole["rl/probability_max_difference"] < 0.01
+    assert whole["rl/probability_max_difference"] < 0.05
     assert abs(whole["rl/sampler_kl_nats"]) < 1e-3
-    assert whole["reward"] > 0.95
+    assert whole["reward"] > 0.9

@@ -169,7 +169,7 @@ def _to_chunks(
 
 
 def _from_chunks(
-    outputs: list[Float[Tensor, "M m H D"]], grid: ChunkGrid, layout: PackedLayout
+    outputs: list[Float[Tensor, "_ m H D"]], grid: ChunkGrid, layout: PackedLayout
 ) -> Float[Tensor, "T H D"]:
     out = torch.cat(outputs).flatten(0, 1)
     if layout.num_sequences == 1:
