@@ -209,6 +209,12 @@ def convert(
             print(f"note: {note}")
     else:
         source.save_pretrained(target, layout=layout)
+        rotated, width = source.config.rotary_dim, source.config.head_dim
+        if layout == "transformers" and rotated < width:
+            print(
+                f"note: transformers loads it but rotates whole heads of {width} where the model "
+                f"rotates {rotated}: its replies there are not the model's"
+            )
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
     print(f"wrote {target}")

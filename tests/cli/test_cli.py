@@ -315,11 +315,10 @@ def test_convert_there_and_back(
     from openm1.model.m1 import M1ForCausalLM
 
     there, back = tmp_path / "there", tmp_path / "back"
-    assert run(capsys, "convert", checkpoint, there, "--layout", "transformers") == (
-        f"wrote {there}\n"
-    )
+    out = run(capsys, "convert", checkpoint, there, "--layout", "transformers")
+    assert "rotates whole heads of 8 where the model rotates 4" in out and f"wrote {there}" in out
     assert json.loads((there / "config.json").read_text())["model_type"] == "minimax"
-    run(capsys, "convert", there, back)
+    assert run(capsys, "convert", there, back) == f"wrote {back}\n"
     start = M1ForCausalLM.from_pretrained(checkpoint)
     end = M1ForCausalLM.from_pretrained(back)
     assert start.config == end.config
