@@ -477,6 +477,17 @@ def atomic_load(typingctx, address):
 
 
 @intrinsic
+def fetch(typingctx, address):
+    """Asks for the cache line at `address`, which need not be memory of ours."""
+
+    def codegen(context, builder, signature, args):
+        _fetch(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def pause(typingctx):
     """Tells the core that this is a loop of waiting."""
 

@@ -107,23 +107,29 @@ def _decode(
     slope = carray(vector.pointer_f32(slopes), (heads,))
     page = carray(vector.pointer_i32(pages), (stop,))
     query, key, value, total = scratch[0], scratch[1], scratch[2], scratch[3]
-    for h in range(heads):
-        decay = np.float32(np.exp(-np.float64(slope[h])))
-        for s in range(first, stop):
+    for s in range(first, stop):
+        state = states + np.int64(page[s]) * page_bytes
+        following = states + np.int64(page[min(s + 1, stop - 1)]) * page_bytes
+        for h in range(heads):
+            # States come from memory: the next one is asked for row by row while this one moves.
+            ahead = state + 4 * dim * dim if h + 1 < heads else following
+            decay = np.float32(np.exp(-np.float64(slope[h])))
             at = s * token_bytes + h * head_bytes
             load_row(kind, q + at, dim, query)
             load_row(kind, k + at, dim, key)
             load_row(kind, v + at, dim, value)
             for j in range(dim):
                 total[j] = 0.0
-            state = states + np.int64(page[s]) * page_bytes + 4 * h * dim * dim
             for i in range(dim):
+                for line in range(0, 4 * dim, 64):
+                    vector.fetch(ahead + 4 * i * dim + line)
                 row = carray(vector.pointer_f32(state + 4 * i * dim), (dim,))
                 for j in range(dim):
                     new = decay * row[j] + key[i] * value[j]
                     row[j] = new
                     total[j] += query[i] * new
             store_row(kind, out + size * (s * heads + h) * dim, dim, total)
+            state += 4 * dim * dim
 
 
 # A prefill's scratch is tables one after the other. Packed ones are as `vector.tile_dots_2` takes
