@@ -37,7 +37,7 @@ TASKS_SEED = 7
 CHAIN = RLConfig(num_prompts=16, group_size=16, num_updates=16, max_response_tokens=32)
 """Short replies: a dozen tokens."""
 NANO = nano.CISPO_RUN.rl
-"""The recipe that nano was made by: replies of up to 200 tokens."""
+"""The recipe that nano was made by."""
 
 
 class TrlPeer:

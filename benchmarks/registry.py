@@ -35,6 +35,7 @@ from benchmarks.train import train_race
 from openm1.model.config import M1Config, post_norm_config
 from openm1.model.int8 import quantize_int8
 from openm1.recipes import nano
+from openm1.rl.config import RLConfig
 
 Seconds = Callable[[], float]
 
@@ -186,7 +187,7 @@ def all_on_vllm(shape: str, threads: int) -> list[VllmPeer]:
     """The plugin and mixtures of experts of vLLM's own in the same engine, one of the same widths
     and one with as many weights, started once for all cases of a shape.
 
-    In CPU time: their turns are long, and a machine is seldom quiet.
+    In CPU time: a machine is seldom quiet.
     """
     if shape not in _on_vllm:
         for one in [peer for peers in _on_vllm.values() for peer in peers]:
@@ -296,17 +297,21 @@ def _nano_cases() -> dict[str, Case]:
     return cases
 
 
+def _batch_of(config: RLConfig) -> str:
+    return f"{config.num_prompts} x {config.group_size} replies, {config.num_updates} updates"
+
+
 def _trl_cases() -> dict[str, Case]:
     python = os.environ.get(TRL_PYTHON)
     if not python:
         return {}
     return {
         "cispo-step-chain": Case(
-            about="a step of CISPO, nano fp32: 16 x 16 replies to chains, 16 updates",
+            about=f"a step of CISPO, nano fp32: chains, {_batch_of(CHAIN)}",
             race=partial(cispo_race, python, ("chain",), CHAIN),
         ),
         "cispo-step-nano": Case(
-            about="a step of CISPO, nano fp32: its recipe, 16 x 16 replies, 8 updates",
+            about=f"a step of CISPO, nano fp32: its recipe, {_batch_of(NANO)}",
             race=partial(cispo_race, python, tuple(nano.FAMILIES), NANO),
         ),
     }

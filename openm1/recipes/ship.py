@@ -27,8 +27,9 @@ from openm1.evals.run import EvalConfig, evaluate
 from openm1.model.hf import SHIPPED
 from openm1.recipes import nano
 from openm1.recipes.card import CARD_FILE, Card
+from openm1.recipes.catalog import RECIPES
 from openm1.recipes.nano_page import card_page, draw_budgets, draw_cispo
-from openm1.recipes.runs import load_start
+from openm1.recipes.runs import SupervisedRun, load_start
 from openm1.types import Message, SamplingParams
 
 PACKAGE_DEFAULT = "reasoning-gym's default"
@@ -175,17 +176,11 @@ def _examples(seed: int) -> list[dict[str, str]]:
 
 def _training(config: ShipConfig) -> dict[str, Any]:
     """What it was trained with and on how much, from the run folders beside the checkpoint."""
-    stages = {
-        "drill": nano.DRILL,
-        "pretrain": nano.PRETRAIN,
-        "multiturn": nano.MULTITURN,
-        "sft": nano.COLD_START,
-        "rl": nano.CISPO_RUN,
-    }
+    stages = RECIPES["nano"]
     folder = config.before.parent
     tokens: dict[str, int] = {}
     seconds: dict[str, int] = {}
-    for name in ("drill", "pretrain", "multiturn", "sft"):
+    for name in (name for name, stage in stages.items() if isinstance(stage, SupervisedRun)):
         lines = read_metrics(folder / name / "metrics.jsonl")
         tokens[name] = int(sum(line["train/tokens"] for line in lines))
         seconds[name] = round(
