@@ -25,6 +25,8 @@ from typing import Any
 MARK = "OPENM1 "
 """Starts the lines that hold answers: vLLM logs to the same place."""
 CALLS_A_PROMPT = 4
+WIDTH = 0.02 * 3**0.5
+"""Of a uniform distribution with a standard deviation of 0.02."""
 
 
 def main() -> None:
@@ -51,7 +53,9 @@ def main() -> None:
 class Engine:
     def __init__(self, folder: str, start: dict[str, Any]) -> None:
         from vllm import LLM
+        from vllm.model_executor.model_loader import dummy_loader
 
+        dummy_loader.initialize_single_dummy_weight = Weights().draw
         self._vocab_size = start["config"]["vocab_size"]
         self._max_context = start["max_context"]
         self._clock = time.process_time if start.get("cpu_time") else time.perf_counter
@@ -111,6 +115,27 @@ class Engine:
 
     def _fresh(self, count: int, length: int) -> list[list[int]]:
         return [random.choices(range(self._vocab_size), k=length) for _ in range(count)]
+
+
+class Weights:
+    """Draws matrices as training begins with them, and norms of 1.
+
+    vLLM's own random weights are the same numbers in every matrix, so that all layers send a token
+    to the same experts: how many are busy, and so how much is read from memory, is luck.
+    """
+
+    def __init__(self) -> None:
+        import torch
+
+        self._generator = torch.Generator().manual_seed(1)
+
+    def draw(self, parameter: Any) -> None:
+        if not parameter.is_floating_point():
+            return
+        if parameter.ndim == 1:
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.uniform_(-WIDTH, WIDTH, generator=self._generator)
 
 
 def _greedy(num_tokens: int) -> Any:

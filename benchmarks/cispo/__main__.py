@@ -13,7 +13,6 @@ import tyro
 
 from benchmarks.cispo.arms import ARMS, GRID, RATES
 from benchmarks.cispo.report import (
-    LEVELS_PASSED,
     THRESHOLDS,
     best_rates,
     draw_comparison,
@@ -23,12 +22,9 @@ from benchmarks.cispo.report import (
     thresholds_table,
 )
 from benchmarks.cispo.sweep import Job, sweep
-from benchmarks.cispo.tasks import TASKS
 from benchmarks.run import machine
 
 FINAL_SEEDS = range(10, 15)
-TUNING_SEEDS = (100, 101, 102, 103)
-"""Learning rates are chosen on other seeds than they are reported on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +36,8 @@ class CompareConfig:
     """Of recheck, ladder and chain."""
     tune: bool = False
     """Run the grid of learning rates, and name each arm's best, instead of the comparison."""
+    tuning_seeds: tuple[int, ...] = (100, 101, 102, 103)
+    """Learning rates are chosen on other seeds than they are reported on."""
     num_processes: int = 2
     out: Path | None = None
     """Where to write the results as JSON as well."""
@@ -47,15 +45,17 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if unknown := set(self.tasks) - set(RATES):
             raise ValueError(f"tasks are {sorted(unknown)}; allowed are {', '.join(RATES)}")
+        if taken := set(self.tuning_seeds) & set(FINAL_SEEDS):
+            raise ValueError(f"tuning_seeds have {sorted(taken)}, which results are reported on")
 
 
 def tune(config: CompareConfig) -> None:
     for task in config.tasks:
         jobs = [
             Job(task=task, arm=arm, learning_rate=rate, seed=seed)
-            for seed in TUNING_SEEDS
+            for seed in config.tuning_seeds
             for arm in RATES[task]
-            for rate in GRID[ARMS[arm].num_updates]
+            for rate in GRID[task][ARMS[arm].num_updates]
         ]
         results = sweep(jobs, config.folder, config.num_processes)
         print(f"\n{task}, area by learning rate\n\n{rates_table(results)}\n")
@@ -77,9 +77,7 @@ def compare(config: CompareConfig) -> None:
     }
     parts = []
     for task, runs in results.items():
-        in_levels = task in TASKS and TASKS[task].curriculum is not None
-        thresholds = LEVELS_PASSED if in_levels else THRESHOLDS
-        parts.append(f"## {task}\n\n{thresholds_table(runs, thresholds)}\n")
+        parts.append(f"## {task}\n\n{thresholds_table(runs, THRESHOLDS[task])}\n")
         if task == "recheck":
             parts.append(f"While the mark is rare:\n\n{mechanism_table(runs)}\n")
             draw_mechanism(runs, config.folder / "mechanism.png")

@@ -50,12 +50,16 @@ ARMS: dict[str, Arm] = {
     ),
 }
 
-GRID: dict[int, tuple[float, ...]] = {
-    16: (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3),
-    2: (8e-4, 1.6e-3, 3.2e-3),
-    1: (8e-4, 1.6e-3, 3.2e-3),
+GRID: dict[str, dict[int, tuple[float, ...]]] = {
+    "recheck": {
+        16: (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3),
+        2: (8e-4, 1.6e-3, 3.2e-3),
+        1: (8e-4, 1.6e-3, 3.2e-3),
+    },
+    "ladder": {16: (1e-4, 2e-4, 4e-4, 8e-4)},
+    "chain": {16: (5e-5, 1e-4, 2e-4, 4e-4)},
 }
-"""Learning rates that arms are tuned on, by updates a batch."""
+"""Learning rates that arms are tuned on, by task and updates a batch."""
 
 RATES: dict[str, dict[str, float]] = {
     "recheck": {
@@ -70,7 +74,15 @@ RATES: dict[str, dict[str, float]] = {
         "cispo-2": 3.2e-3,
         "cispo-1": 3.2e-3,
     },
-    "ladder": {"cispo": 4e-4, "dapo": 2e-4, "praise": 4e-4},
-    "chain": {"cispo": 2e-4, "dapo": 2e-4, "grpo": 2e-4},
+    "ladder": {
+        "cispo": 4e-4,
+        "dapo": 2e-4,
+        "praise": 4e-4,
+        "dapo-4": 4e-4,
+        "grpo": 2e-4,
+        "symmetric": 4e-4,
+        "gradient": 4e-4,
+    },
+    "chain": {"cispo": 2e-4, "dapo": 2e-4, "grpo": 2e-4, "praise": 2e-4},
 }
 """Each arm's best learning rate on the tuning seeds (`--tune`)."""

@@ -15,8 +15,12 @@ from typing import Any
 from benchmarks.cispo.arms import ARMS
 from benchmarks.cispo.tasks import TASKS
 
-THRESHOLDS = (0.8, 0.9, 0.95)
-LEVELS_PASSED = (1.0, 1.5, 2.0, 3.0)
+THRESHOLDS = {
+    "recheck": (0.8, 0.9, 0.95),
+    "ladder": (1.0, 1.5, 2.0, 3.0),
+    "chain": (0.5, 0.6, 0.7),
+}
+"""Of what `progress` counts, by task."""
 Result = dict[str, Any]
 RARE_UNTIL = 0.5
 """The mean probability up to which the mark is called rare."""

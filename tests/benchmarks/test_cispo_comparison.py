@@ -240,6 +240,6 @@ def test_the_reports_figure_has_all_three_curves():
 
 
 def test_every_arm_that_is_compared_has_a_rate_of_its_grid():
-    for rates in RATES.values():
+    for task, rates in RATES.items():
         for arm, rate in rates.items():
-            assert rate in GRID[ARMS[arm].num_updates]
+            assert rate in GRID[task][ARMS[arm].num_updates]

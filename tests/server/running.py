@@ -56,9 +56,7 @@ class Running:
         """Waits for what is still ending, then asserts that nothing is held by anybody."""
         gate = self.serving.gate
         # A reply hands its place back a moment before it leaves.
-        wait_until(
-            lambda: not (self.llm.engine.has_work or gate.num_running or gate.num_waiting)
-        )
+        wait_until(lambda: not (self.llm.engine.has_work or gate.num_running or gate.num_waiting))
         self.llm.engine.check_integrity()
         memory = self.llm.engine.memory
         assert memory.in_use_bytes == memory.cached_bytes
