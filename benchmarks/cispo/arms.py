@@ -76,12 +76,12 @@ RATES: dict[str, dict[str, float]] = {
     },
     "ladder": {
         "cispo": 4e-4,
-        "dapo": 2e-4,
+        "dapo": 1e-4,
         "praise": 4e-4,
         "dapo-4": 4e-4,
-        "grpo": 2e-4,
+        "grpo": 1e-4,
         "symmetric": 4e-4,
-        "gradient": 4e-4,
+        "gradient": 2e-4,
     },
     "chain": {"cispo": 2e-4, "dapo": 2e-4, "grpo": 2e-4, "praise": 2e-4},
 }
