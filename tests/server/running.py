@@ -62,6 +62,7 @@ class Running:
         assert memory.in_use_bytes == memory.cached_bytes
         assert memory.num_pages_in_use == memory.num_pages_cached
         assert memory.num_states_in_use == memory.num_states_cached
+        assert gate.num_waiting == 0
 
 
 def chat_body(content: str = QUESTION, **fields: Any) -> dict[str, Any]:
