@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 TRL_PYTHON = "OPENM1_TRL_PYTHON"
 """Environment variable: the interpreter of an environment that TRL is installed in."""
 TASKS_SEED = 7
+MOST_STEPS = 100
+"""Turns that there are prompts for."""
 CHAIN = RLConfig(num_prompts=16, group_size=16, num_updates=16, max_response_tokens=32)
 """Short replies: a dozen tokens."""
 NANO = nano.CISPO_RUN.rl
@@ -68,14 +70,27 @@ class TrlPeer:
         self._log.close()
 
 
-def nano_of_whole_rotation() -> LLM:
-    """nano's weights where whole heads are rotated, which is what transformers can do: another
-    function than nano was trained for, and the same one for both."""
-    nano = LLM("nano")
-    config = replace(nano.model.config, rotary_dim=nano.model.config.head_dim)
-    model = M1ForCausalLM(config)
-    model.load_state_dict(nano.model.state_dict())
-    return LLM(model, tokenizer=nano.tokenizer)
+def save_for_transformers(model: M1ForCausalLM, folder: str) -> list[float]:
+    """Writes what transformers computes the same function from; returns its rotary frequencies.
+
+    transformers rotates whole heads, i with i + D/2, where a model may rotate only the first R
+    dimensions, i with i + R/2. So each head's q and k are put in another order, and frequencies
+    of 0 leave the rest as they are.
+    """
+    config = model.config
+    rotated, size = config.rotary_dim, config.head_dim
+    still = (size - rotated) // 2
+    pairs, rest = torch.arange(size).split([rotated, 2 * still])
+    order = torch.cat([pairs[: rotated // 2], rest[:still], pairs[rotated // 2 :], rest[still:]])
+    weights = dict(model.state_dict())
+    for name, weight in weights.items():
+        if name.endswith((".q_proj.weight", ".k_proj.weight")):
+            weights[name] = weight.unflatten(0, (-1, size))[:, order].flatten(0, 1)
+    whole = M1ForCausalLM(replace(config, rotary_dim=size))
+    whole.load_state_dict(weights)
+    whole.save_pretrained(folder, layout="transformers")
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float64) / rotated
+    return [*(config.rope_theta**-exponents).tolist(), *[0.0] * still]
 
 
 def cispo_race(python: str, families: tuple[str, ...], recipe: RLConfig, threads: int) -> Race:
@@ -93,17 +108,19 @@ def cispo_race(python: str, families: tuple[str, ...], recipe: RLConfig, threads
     )
     mixture = Mixture([make_taskset(name) for name in families], seed=TASKS_SEED)
 
-    llm = nano_of_whole_rotation()
+    llm = LLM("nano")
     tokenizer = llm.tokenizer
     assert tokenizer is not None
     folder = tempfile.TemporaryDirectory()
-    llm.model.save_pretrained(folder.name, layout="transformers")
+    frequencies = save_for_transformers(llm.model, folder.name)
     tokenizer.save_pretrained(folder.name)
     peer = TrlPeer(python)
-    job: dict[str, Any] = {"model": folder.name, "threads": threads or torch.get_num_threads()}
+    job: dict[str, Any] = {"model": folder.name, "frequencies": frequencies}
+    job["threads"] = threads or torch.get_num_threads()
     job |= _trl_settings(llm, mixture, config)
     peer.ask({"train": job})
-    tokens: dict[str, float] = {}
+    tokens: dict[str, list[float]] = {OURS: [], "TRL": []}
+    rewards: dict[str, list[float]] = {OURS: [], "TRL": []}
     cpu_s: dict[str, list[float]] = {OURS: [], "TRL": []}
 
     def ours() -> float:
@@ -114,7 +131,9 @@ def cispo_race(python: str, families: tuple[str, ...], recipe: RLConfig, threads
         def note(step: int, metrics: Mapping[str, float]) -> None:
             ends.append(time.perf_counter())
             cpu_ends.append(time.process_time())
-            tokens[OURS] = metrics["rollout/length_mean_tokens"]
+            if step:
+                tokens[OURS].append(metrics["rollout/length_mean_tokens"])
+                rewards[OURS].append(metrics["rollout/reward"])
 
         model = M1ForCausalLM(llm.model.config)
         model.load_state_dict(llm.model.state_dict())
@@ -126,7 +145,8 @@ def cispo_race(python: str, families: tuple[str, ...], recipe: RLConfig, threads
 
     def theirs() -> float:
         done = peer.ask({"step": 1})
-        tokens["TRL"] = done["tokens"] / (config.num_prompts * config.group_size)
+        tokens["TRL"].append(done["tokens"] / (config.num_prompts * config.group_size))
+        rewards["TRL"].append(done["reward"])
         cpu_s["TRL"].append(done["cpu_s"])
         return done["seconds"]
 
@@ -135,8 +155,11 @@ def cispo_race(python: str, families: tuple[str, ...], recipe: RLConfig, threads
         folder.cleanup()
         # Processor time hardly depends on what else runs on the machine.
         for name, spent in cpu_s.items():
-            median = statistics.median(spent)
-            print(f"{name}: {median:.2f} CPU seconds a step, {tokens[name]:.1f} tokens a reply")
+            print(
+                f"{name}: {statistics.median(spent):.2f} CPU seconds a step; means "
+                f"{statistics.mean(tokens[name]):.1f} tokens a reply, "
+                f"reward {statistics.mean(rewards[name]):.2f}"
+            )
 
     # Nominal, the same for both: the ratio of rates is then that of seconds.
     num_tokens = config.num_prompts * config.group_size * config.max_response_tokens
@@ -151,7 +174,10 @@ def cispo_race(python: str, families: tuple[str, ...], recipe: RLConfig, threads
 def _trl_settings(llm: LLM, mixture: Mixture, config: RLConfig) -> dict[str, Any]:
     assert llm.tokenizer is not None
     chat_format = chat_format_for(llm.tokenizer)
-    tasks = [mixture.task(i)[1] for i in range(2000)]
+    # The second of our steps is measured, so all of theirs but the first have its prompts.
+    steps = [0, *[1] * MOST_STEPS]
+    numbers = [step * config.num_prompts + i for step in steps for i in range(config.num_prompts)]
+    tasks = [mixture.task(number)[1] for number in numbers]
     return {
         "prompts": [llm.tokenizer.decode(chat_format.encode(task.prompt)) for task in tasks],
         "answers": [task.answer for task in tasks],

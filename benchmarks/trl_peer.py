@@ -6,10 +6,11 @@ It imports nothing of this project. Jobs come as one JSON line each, answers go 
     {"loss": FILE, "model": FOLDER, "cap": 1.5, "gradient": FOLDER}   ->  OPENM1 {"loss": 0.3}
     {"train": {"model": FOLDER, "prompts": [..], "answers": [..], "group_size": 16, ...}}
                                              ->  OPENM1 {"ready": true}
-    {"step": 1}            ->  OPENM1 {"seconds": 4.2, "cpu_s": 4.1, "tokens": 5120}
+    {"step": 1}            ->  OPENM1 {"seconds": 4.2, "cpu_s": 4.1, "tokens": 5120,
+                                                       "reward": 0.9}
 
 FILE holds the tensors of one batch as torch.save writes them. A step is one batch of rollouts and
-all updates on it.
+all updates on it, from the weights that FOLDER holds.
 """
 
 from __future__ import annotations
@@ -81,6 +82,25 @@ def load(folder: str, dtype: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def repair_cache(model: Any) -> None:
+    """transformers asks its cache of MiniMax how long it is at the first layer, which keeps no keys
+    and so says 0: tokens after a padded prompt then see the padding instead of the prompt. Asked
+    at the first layer that has keys, it samples from the model's own distribution."""
+    from transformers.cache_utils import DynamicCache
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+    first = model.config.layer_types.index("full_attention")
+
+    def length(self: Any, layer_idx: int = 0) -> int:
+        return DynamicCache.get_seq_length(self, max(layer_idx, first))
+
+    def mask_sizes(self: Any, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
+        return DynamicCache.get_mask_sizes(self, query_length, max(layer_idx, first))
+
+    MiniMaxCache.get_seq_length = length
+    MiniMaxCache.get_mask_sizes = mask_sizes
+
+
 def loss_and_gradient(job: dict[str, Any]) -> dict[str, Any]:
     """TRL's own `_compute_loss` in fp64; the gradient is written as a checkpoint of weights."""
     import torch
@@ -120,31 +140,44 @@ def train(job: dict[str, Any]) -> None:
 
     torch.set_num_threads(job["threads"])
     model, tokenizer = load(job["model"], "float32")
+    repair_cache(model)
+    rotary = model.model.rotary_emb
+    assert rotary.inv_freq.shape == (len(job["frequencies"]),)
+    rotary.inv_freq.copy_(torch.tensor(job["frequencies"]))
     num_tokens = 0
+    rewards: list[float] = []
 
     def reward(completions: list[str], answer: list[str], completion_ids: Any, **_: Any) -> Any:
         nonlocal num_tokens
         num_tokens += sum(map(len, completion_ids))
         said = [text.rsplit("</think>", 1)[-1].strip() for text in completions]
-        return [float(a == b) for a, b in zip(said, answer, strict=True)]
+        rewards[:] = [float(a == b) for a, b in zip(said, answer, strict=True)]
+        return rewards.copy()
 
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     orders = wait_for_orders()
 
     class Steps(TrainerCallback):
         began = cpu_began = 0.0
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_begin(
+            self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any
+        ) -> None:
             nonlocal num_tokens
             if state.global_step % job["num_updates"]:
                 return
             if state.global_step:
                 seconds = time.perf_counter() - self.began
                 cpu_s = time.process_time() - self.cpu_began
-                answer({"seconds": seconds, "cpu_s": cpu_s, "tokens": num_tokens})
+                mean = sum(rewards) / len(rewards)
+                done = {"seconds": seconds, "cpu_s": cpu_s, "tokens": num_tokens, "reward": mean}
+                answer(done)
             else:
                 answer({"ready": True})
             if next(orders, None) is None:
                 os._exit(0)
+            model.load_state_dict(initial)
+            optimizer.state.clear()
             num_tokens, self.began = 0, time.perf_counter()
             self.cpu_began = time.process_time()
 
@@ -167,6 +200,7 @@ def train(job: dict[str, Any]) -> None:
         steps_per_generation=job["num_updates"],
         gradient_accumulation_steps=1,
         max_steps=10_000 * job["num_updates"],
+        shuffle_dataset=False,
     )
     trainer.add_callback(Steps())
     trainer.train()

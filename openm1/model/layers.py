@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from openm1.kernels.product import linear
+
 
 class RMSNorm(nn.Module):
     """w * x * rsqrt(mean(x^2) + eps), statistics in fp32."""
@@ -33,8 +35,11 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         pass
 
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight)
+
 
 def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in fp32 (fp64 for fp64 inputs), for the router and the head."""
     work = torch.promote_types(x.dtype, torch.float32)
-    return F.linear(x.to(work), weight.to(work))
+    return linear(x.to(work), weight.to(work))

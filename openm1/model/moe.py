@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from openm1.kernels.product import linear
 from openm1.model.config import M1Config
 from openm1.model.layers import Linear, linear_fp32
 
@@ -93,9 +94,9 @@ def experts_dense(
 ) -> Float[Tensor, "T C"]:
     """All experts as one wide SwiGLU, the unchosen ones' activations multiplied by a gate of 0."""
     w1, w3, w2 = experts.whole()
-    hidden = F.silu(F.linear(x, w1.flatten(0, 1))) * F.linear(x, w3.flatten(0, 1))
+    hidden = F.silu(linear(x, w1.flatten(0, 1))) * linear(x, w3.flatten(0, 1))
     hidden = hidden.unflatten(-1, gates.shape[1:] + (-1,)) * gates.to(x.dtype)[..., None]
-    return F.linear(hidden.flatten(1), w2.transpose(0, 1).flatten(1))
+    return linear(hidden.flatten(1), w2.transpose(0, 1).flatten(1))
 
 
 def experts_sorted(
@@ -115,8 +116,8 @@ def experts_sorted(
             count = len(rows)
             if rows.dtype == torch.bfloat16 and rows.device.type == "cpu":
                 rows = F.pad(rows, (0, 0, 0, -count % BF16_ROWS_MULTIPLE))
-            hidden = F.silu(rows @ experts.w1[e].T) * (rows @ experts.w3[e].T)
-            outputs.append((hidden @ experts.w2[e].T)[:count])
+            hidden = F.silu(linear(rows, experts.w1[e])) * linear(rows, experts.w3[e])
+            outputs.append(linear(hidden, experts.w2[e])[:count])
     by_expert = torch.cat(outputs)
     # Where each token's choices went; to fetch them is quicker than to add them up in place.
     places = torch.empty_like(order)

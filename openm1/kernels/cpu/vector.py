@@ -166,12 +166,12 @@ def _outlined(name: str, num_args: int, build: Callable[..., None]):
     return codegen
 
 
-def _make_dots(num_rows: int, num_inputs: int, kind: int, *, fetch_next: bool = False):
+def _make_dots(num_rows: int, num_inputs: int, kind: int, *, bytes_ahead: int = 0):
     """dots(w, w_stride, x, x_stride, size, scales, out, out_stride).
 
     out[m, n] = sum_i w[n, i] x[m, i], times scales[n] for int8 weights; x and out are fp32.
-    With `fetch_next`, the rows behind these are asked for meanwhile: worth it where weights come
-    from memory and rows are short (a page or less), which the core itself does not foresee.
+    With `bytes_ahead`, what lies so far behind is asked for meanwhile: worth it where weights come
+    from memory and are read one row after the other.
     """
 
     def build(builder, w, w_stride, x, x_stride, size, scales, out, out_stride):
@@ -186,8 +186,8 @@ def _make_dots(num_rows: int, num_inputs: int, kind: int, *, fetch_next: bool = 
             for n, row in enumerate(rows):
                 here = builder.add(row, w_at)
                 weight = _load(builder, here, kind, mask)
-                if fetch_next:
-                    _fetch(builder, builder.add(here, builder.mul(w_stride, _const(num_rows))))
+                if bytes_ahead:
+                    _fetch(builder, builder.add(here, _const(bytes_ahead)))
                 for m, activation in enumerate(activations):
                     place = m * num_rows + n
                     new[place] = _fma(builder, weight, activation, sums[place])
@@ -229,7 +229,7 @@ def _make_dots(num_rows: int, num_inputs: int, kind: int, *, fetch_next: bool = 
                 at = builder.add(out, builder.mul(out_stride, _const(m)))
                 builder.store(value, builder.inttoptr(at, piece.as_pointer()), align=4)
 
-    name = f"openm1_dots_{num_rows}x{num_inputs}_{kind}" + "_next" * fetch_next
+    name = f"openm1_dots_{num_rows}x{num_inputs}_{kind}_{bytes_ahead}"
     codegen = _outlined(name, 8, build)
 
     @intrinsic
@@ -288,7 +288,9 @@ def _make_weighted_sum(num_inputs: int, num_vectors: int, kind: int):
 
 
 dots_8x1_f32, dots_8x1_bf16, dots_8x1_i8 = (_make_dots(8, 1, kind) for kind in _ELEMENT)
-dots_8x1_bf16_next = _make_dots(8, 1, BFLOAT16, fetch_next=True)
+dots_1x1_bf16_ahead, dots_2x4_bf16_ahead, dots_2x8_bf16_ahead = (
+    _make_dots(*shape, BFLOAT16, bytes_ahead=2**14) for shape in ((1, 1), (2, 4), (2, 8))
+)
 dots_4x4_f32, dots_4x4_bf16, dots_4x4_i8 = (_make_dots(4, 4, kind) for kind in _ELEMENT)
 dots_1x1_f32, dots_1x1_bf16, dots_1x1_i8 = (_make_dots(1, 1, kind) for kind in _ELEMENT)
 weighted_sum_4x4_f32, weighted_sum_4x4_bf16 = (

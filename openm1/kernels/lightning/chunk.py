@@ -105,11 +105,11 @@ def _group(
     """Outputs of the rows of chunks from `first` on; moves the states on."""
     work = decays.inside.dtype
     q, k, v = (x.transpose(1, 2).to(work).contiguous() for x in (q, k, v))  # [M, H, m, D]
-    out = ((q @ k.transpose(-1, -2)) * decays.inside) @ v
+    out = (q @ k.transpose(-1, -2)).mul_(decays.inside) @ v
     if states is not None:
         key_decay = decays.key[first : first + len(k)]
         updates = (k * key_decay).transpose(-1, -2) @ v  # [M, H, D, D]
-        out = out + (q * decays.query) @ states.advance(updates, first, counts)
+        out.add_((q * decays.query) @ states.advance(updates, first, counts))
     return out.transpose(1, 2)
 
 

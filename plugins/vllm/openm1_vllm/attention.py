@@ -76,7 +76,7 @@ class LightningMetadata:
     columns: torch.Tensor | None
     """[S, 1] int64: where in a group's block table each sequence's page is; None: in the first."""
     padding: torch.Tensor | None
-    """[S] bool: rows without a sequence, in a batch of decodes only."""
+    """[S] bool: rows without a sequence, in a batch of decodes only; None on a CPU."""
     pages: torch.Tensor
     """[S] int32: the page of each sequence's state; PAD_SLOT_ID for padding."""
     first: Part | None = None
@@ -126,7 +126,9 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
         lengths = [b - a for a, b in pairwise(bounds) if b > a]
         columns = self._columns(batch.seq_lens)
         if not lengths:
-            padding = torch.diff(batch.query_start_loc) == 0
+            # Only what CUDA graphs replay has padding.
+            on_cpu = self.device.type == "cpu"
+            padding = None if on_cpu else torch.diff(batch.query_start_loc) == 0
             pages = self._place(batch.block_table_tensor, columns, padding)
             return LightningMetadata(num_decodes, columns, padding, pages)
         others = slice(num_decodes, num_decodes + len(lengths))
@@ -169,10 +171,10 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
     def _place(
         self, table: torch.Tensor, columns: torch.Tensor | None, padding: torch.Tensor | None
     ) -> torch.Tensor:
-        """The pages; of decodes only, in a buffer that never moves."""
+        """The pages; with padding, in a buffer that never moves."""
         pages = (table if columns is None else table.gather(1, columns))[:, 0]
         if padding is None:
-            return pages
+            return pages.contiguous()
         self._pages[: len(pages)] = pages.masked_fill(padding, PAD_SLOT_ID)
         return self._pages[: len(pages)]
 
@@ -294,15 +296,13 @@ class LightningAttention(nn.Module, MambaBase):
 
     def attend(self, qkv: torch.Tensor, out: torch.Tensor, batch: LightningMetadata) -> None:
         """Fills the rows of `out` that belong to sequences, and moves their states on."""
-        states = self.kv_cache[0]
-        rows = qkv.unflatten(-1, (self.num_heads, 3 * self.head_dim))
-        result = out.unflatten(-1, (self.num_heads, self.head_dim))
-        count = batch.num_decodes
+        states, count = self.kv_cache[0], batch.num_decodes
         if count:
-            q, k, v = rows[:count].chunk(3, -1)
-            lightning_decode(q, k, v, self.slopes, states, batch.pages[:count], result[:count])
+            lightning_decode(qkv, self.slopes, states, batch.pages, count, out)
         if batch.first is None:
             return
+        rows = qkv.unflatten(-1, (self.num_heads, 3 * self.head_dim))
+        result = out.unflatten(-1, (self.num_heads, self.head_dim))
         pages = batch.pages[count:].long()
         before = states[pages].masked_fill(~batch.has_state, 0.0)
         after = self._prefill(rows, batch.first, before, result)

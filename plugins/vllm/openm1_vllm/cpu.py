@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from openm1.kernels.cpu import vector
 from openm1.kernels.cpu.blocks import ROW_BLOCK, address_of, pack_tiles, project
-from openm1.kernels.cpu.compile import kernel
+from openm1.kernels.cpu.compile import kernel, piece
 from openm1.kernels.cpu.tiles import tiles_available
 
-ZERO, ONE = np.int64(0), np.int64(1)
+ZERO = np.int64(0)
+MOST_INPUTS = 8 if vector.LANES == 16 else 4
+"""What vectors take at a time: as many sums as there are registers for."""
 # What the tile unit is told: palette 1, all tiles of 16 rows of 64 bytes.
 TILE_SETUP = np.zeros(64, np.uint8)
 TILE_SETUP[0] = 1
@@ -47,22 +49,26 @@ class WideHead(UnquantizedEmbeddingMethod):
 def head_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x W^T, [S, C] fp32 by [V, C] bf16, summed in fp32. With tiles `x` is rounded to bf16."""
     count, size = x.shape
-    with_tiles = count > 1 and size % 32 == 0 and tiles()
-    # Vectors take four inputs at a time, tiles sixteen.
-    inputs = np.zeros((-(-count // 16) * 16, size), np.float32)
+    bits = weight.detach().view(torch.int16).numpy()
+    if count == 1:
+        one = torch.empty(1, len(weight))
+        in_threads(partial(_one_product, bits, x.contiguous().numpy(), one.numpy()), len(weight), 1)
+        return one
+    with_tiles = size % 32 == 0 and tiles()
+    group = 16 if with_tiles else 4 if count <= 4 else MOST_INPUTS
+    inputs = np.zeros((-(-count // group) * group, size), np.float32)
     inputs[:count] = x.numpy()
-    packed = np.empty(inputs.shape if with_tiles else (0, size), np.uint16)
-    if with_tiles:
-        _pack(inputs, packed)
-    out = torch.empty(-(-count // 4) * 4, len(weight))
-    bits, logits = weight.detach().view(torch.int16).numpy(), out.numpy()
+    out = torch.empty(len(inputs), len(weight))
+    logits = out.numpy()
+    if not with_tiles:
+        in_threads(partial(_product, bits, inputs, group, logits), len(weight), ROW_BLOCK)
+        return out[:count]
+    packed = np.empty(inputs.shape, np.uint16)
+    _pack(inputs, packed)
 
     def rows(first: int, stop: int) -> None:
-        if count == 1:
-            _one_product(bits, first, stop, inputs, logits)
-            return
         scratch = np.empty((2 * ROW_BLOCK, ROW_BLOCK), np.float32)
-        _product(bits, first, stop, inputs, count, logits, with_tiles, packed, scratch, TILE_SETUP)
+        _tile_product(bits, inputs, count, logits, packed, scratch, TILE_SETUP, first, stop)
 
     in_threads(rows, len(weight), ROW_BLOCK)
     return out[:count]
@@ -87,30 +93,45 @@ def _pack(inputs, packed):
 
 
 @kernel
-def _one_product(w, first, stop, inputs, out):
-    size = inputs.shape[1]
-    stride, x, n = 2 * size, address_of(inputs), first
-    while n + 8 <= stop:
-        at, to = address_of(w) + n * stride, address_of(out) + 4 * n
-        vector.dots_8x1_bf16_next(at, stride, x, ZERO, size, ZERO, to, ZERO)
-        n += 8
-    if n < stop:
-        project(
-            vector.BFLOAT16, address_of(w), ZERO, n, stop, inputs, ONE, size,
-            address_of(out), ZERO, False, ZERO, inputs,
-        )  # fmt: skip
+def _one_product(w, x, out, first, stop):
+    size = x.shape[1]
+    for n in range(first, stop):
+        row, to = address_of(w) + 2 * n * size, address_of(out) + 4 * n
+        vector.dots_1x1_bf16_ahead(row, ZERO, address_of(x), ZERO, size, ZERO, to, ZERO)
 
 
 @kernel
-def _product(w, first, stop, inputs, count, out, tiles, packed, scratch, setup):
-    if tiles:
-        vector.tile_configure(address_of(setup))
+def _product(w, inputs, group, out, first, stop):
+    """A block of rows by all inputs, `group` of them at a time: 4 or 8."""
+    size, count = inputs.shape[1], len(inputs)
+    stride, x_stride, out_stride = 2 * size, 4 * size, 4 * out.shape[1]
+    pairs = first + (stop - first) // 2 * 2
+    for begin in range(first, pairs, ROW_BLOCK):
+        for m in range(0, count, group):
+            x = address_of(inputs) + m * x_stride
+            for n in range(begin, min(begin + ROW_BLOCK, pairs), 2):
+                row, to = address_of(w) + n * stride, address_of(out) + m * out_stride + 4 * n
+                if group == 4:
+                    vector.dots_2x4_bf16_ahead(row, stride, x, x_stride, size, ZERO, to, out_stride)
+                else:
+                    vector.dots_2x8_bf16_ahead(row, stride, x, x_stride, size, ZERO, to, out_stride)
+    if pairs < stop:
+        _rows(w, inputs, count, out, False, inputs, inputs, pairs, stop)
+
+
+@kernel
+def _tile_product(w, inputs, count, out, packed, scratch, setup, first, stop):
+    vector.tile_configure(address_of(setup))
+    _rows(w, inputs, count, out, True, packed, scratch, first, stop)
+    vector.tile_release()
+
+
+@piece
+def _rows(w, inputs, count, out, tiles, packed, scratch, first, stop):
     project(
         vector.BFLOAT16, address_of(w), ZERO, first, stop, inputs, count, inputs.shape[1],
         address_of(out), 4 * out.shape[1], tiles, address_of(packed), scratch,
     )  # fmt: skip
-    if tiles:
-        vector.tile_release()
 
 
 @cache

@@ -19,31 +19,42 @@ from openm1.kernels.packing import PackedLayout
 from openm1_vllm.cpu import TILE_SETUP, in_threads, tiles
 
 CHUNK_TOKENS = 64
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+"""How numbers are stored, for a kernel."""
 BLOCK = 32
 """Rows and columns of a product that are computed together: two tiles each way."""
 
 
 def lightning_decode_cpu(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    qkv: torch.Tensor,
     slopes: torch.Tensor,
     states: torch.Tensor,
     pages: torch.Tensor,
+    count: int,
     out: torch.Tensor,
 ) -> None:
-    """One token a row [S, H, D]: writes `out` (contiguous) and the fp32 states [P, H, D, D] of
-    `pages`, where they lie. bf16 or fp32, sums fp32. A state is contiguous; pages may lie apart.
+    """One token a row: fills the first `count` rows of `out` [S, H D] and moves the fp32 states
+    [P, H, D, D] of `pages` on, where they lie; a state is contiguous, pages may lie apart.
+
+    Rows of `qkv` [S, H 3 D] are packed per head as [q | k | v], bf16 or fp32; sums are fp32. It is
+    called once a layer for every token: what Python does here shows.
     """
-    kind, strides = _kind_and_strides(q, k, v)
-    places = [x.data_ptr() for x in (q, k, v, out, states, slopes, pages)]
-    shape = q.shape[1:]
+    kind = KINDS.get(qkv.dtype)
+    if kind is None or not (qkv.is_contiguous() and out.is_contiguous()):
+        raise ValueError(
+            f"qkv is {qkv.dtype} with strides {qkv.stride()}, out has {out.stride()}; allowed are "
+            f"contiguous rows of {', '.join(map(str, KINDS))}"
+        )
+    places = qkv.data_ptr(), out.data_ptr(), states.data_ptr(), slopes.data_ptr(), pages.data_ptr()
+    _, heads, dim, _ = states.shape
+    page_bytes = 4 * states.stride(0)
 
     def rows(first: int, stop: int) -> None:
-        scratch = np.empty((4, shape[1]), np.float32)
-        _decode(kind, *places, *strides, 4 * states.stride(0), *shape, scratch, first, stop)
+        # Given, not made by the kernel: only so its loops become vectors.
+        scratch = np.empty((4, dim), np.float32)
+        _decode(kind, *places, page_bytes, heads, dim, scratch, first, stop)
 
-    in_threads(rows, len(q), 1)
+    in_threads(rows, count, 1)
 
 
 def can_prefill(q: torch.Tensor) -> bool:
@@ -68,7 +79,10 @@ def lightning_prefill_cpu(
             f"q is {q.dtype} with heads of {q.shape[-1]}; allowed are bf16, multiples of {BLOCK} "
             "and CPUs with a tile unit"
         )
-    _, strides = _kind_and_strides(q, k, v)
+    if not (q.stride() == k.stride() == v.stride()) or q.stride(-1) != 1:
+        raise ValueError(f"q, k, v have strides {q.stride()}, {k.stride()}, {v.stride()}")
+    # Bytes from token to token and from head to head.
+    strides = q.element_size() * q.stride(0), q.element_size() * q.stride(1)
     heads, dim = q.shape[1:]
     out, states = q.new_empty(q.shape), initial_state.clone(memory_format=torch.contiguous_format)
     bounds, decays = np.array([*layout.starts, layout.num_tokens]), slopes.numpy()
@@ -85,24 +99,8 @@ def lightning_prefill_cpu(
     return out, states
 
 
-def _kind_and_strides(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple[np.int64, tuple[int, int]]:
-    """How numbers are stored, and the bytes from token to token and from head to head."""
-    if not (q.stride() == k.stride() == v.stride()) or q.stride(-1) != 1:
-        raise ValueError(f"q, k, v have strides {q.stride()}, {k.stride()}, {v.stride()}")
-    kinds = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
-    if q.dtype not in kinds:
-        raise ValueError(f"q is {q.dtype}; allowed are {', '.join(map(str, kinds))}")
-    token, head, _ = (n * q.element_size() for n in q.stride())
-    return np.int64(kinds[q.dtype]), (token, head)
-
-
 @kernel
-def _decode(
-    kind, q, k, v, out, states, slopes, pages,
-    token_bytes, head_bytes, page_bytes, heads, dim, scratch, first, stop,
-):  # fmt: skip
+def _decode(kind, qkv, out, states, slopes, pages, page_bytes, heads, dim, scratch, first, stop):
     size = 4 if kind == FLOAT32 else 2
     slope = carray(vector.pointer_f32(slopes), (heads,))
     page = carray(vector.pointer_i32(pages), (stop,))
@@ -114,10 +112,10 @@ def _decode(
             # States come from memory: the next one is asked for row by row while this one moves.
             ahead = state + 4 * dim * dim if h + 1 < heads else following
             decay = np.float32(np.exp(-np.float64(slope[h])))
-            at = s * token_bytes + h * head_bytes
-            load_row(kind, q + at, dim, query)
-            load_row(kind, k + at, dim, key)
-            load_row(kind, v + at, dim, value)
+            at = qkv + 3 * size * (s * heads + h) * dim
+            load_row(kind, at, dim, query)
+            load_row(kind, at + size * dim, dim, key)
+            load_row(kind, at + 2 * size * dim, dim, value)
             for j in range(dim):
                 total[j] = 0.0
             for i in range(dim):

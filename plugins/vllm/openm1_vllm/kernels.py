@@ -34,23 +34,27 @@ def lightning_prefill(
 
 
 def lightning_decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    qkv: torch.Tensor,
     slopes: torch.Tensor,
     states: torch.Tensor,
     pages: torch.Tensor,
+    count: int,
     out: torch.Tensor,
 ) -> None:
-    """One token a row [S, H, D]: writes `out` and the fp32 states [P, H, D, D] of `pages`.
+    """One token a row: fills the first `count` rows of `out` [S, H D] and moves the fp32 states
+    [P, H, D, D] of `pages` on.
 
-    `pages` is int32 [S], each page at most once; on a GPU, rows with a negative one are left alone.
+    Rows of `qkv` [S, H 3 D] are packed per head as [q | k | v]. `pages` is int32, each page at most
+    once; on a GPU, rows with a negative one are left alone.
     """
-    if q.is_cuda:
+    if qkv.is_cuda:
         from openm1_vllm.triton_lightning import lightning_decode_triton
 
-        lightning_decode_triton(q, k, v, slopes, states, pages, out)
+        shape = states.shape[1], -1
+        q, k, v = qkv[:count].unflatten(-1, shape).chunk(3, -1)
+        out = out[:count].unflatten(-1, shape)
+        lightning_decode_triton(q, k, v, slopes, states, pages[:count], out)
         return
     from openm1_vllm.cpu_lightning import lightning_decode_cpu
 
-    lightning_decode_cpu(q, k, v, slopes, states, pages, out)
+    lightning_decode_cpu(qkv, slopes, states, pages, count, out)

@@ -38,19 +38,19 @@ def test_sums_are_fp32(count, vocab_size, threads):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_decode_moves_the_named_pages_only(dtype, threads):
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(3, 2, 3 * 24, generator=generator).to(dtype)
-    q, k, v = qkv.chunk(3, -1)
+    qkv = torch.randn(4, 2, 3 * 24, generator=generator).to(dtype)
+    q, k, v = qkv[:3].chunk(3, -1)
     slopes = torch.tensor([0.9, 1e-6])
     apart = torch.randn(7, 3, 2, 24, 24, generator=generator)
     states, pages = apart[:, 1], torch.tensor([5, 0, 2], dtype=torch.int32)
     whole = apart.clone()
     layout = PackedLayout([1, 1, 1])
     expected, last = recurrence(q, k, v, slopes, layout, states[pages.long()])
-    out = torch.empty(3, 2, 24, dtype=dtype)
+    out = torch.full((4, 2 * 24), torch.nan, dtype=dtype)
     with threads_of_torch(threads):
-        lightning_decode_cpu(q, k, v, slopes, states, pages, out)
-    assert out.dtype == dtype
-    assert_close(out, expected, max(TOLERANCE, torch.finfo(dtype).eps))
+        lightning_decode_cpu(qkv.flatten(1), slopes, states, pages, 3, out)
+    assert out[3].isnan().all()
+    assert_close(out[:3].unflatten(-1, (2, 24)), expected, max(TOLERANCE, torch.finfo(dtype).eps))
     assert_close(states[pages.long()], last, TOLERANCE)
     whole[pages.long(), 1] = apart[pages.long(), 1]
     assert torch.equal(whole, apart)
