@@ -76,7 +76,7 @@ class LightningMetadata:
     columns: torch.Tensor | None
     """[S, 1] int64: where in a group's block table each sequence's page is; None: in the first."""
     padding: torch.Tensor | None
-    """[S] bool: rows without a sequence, in a batch of decodes only; None on a CPU."""
+    """[S] bool: rows without a sequence, in a batch of decodes only; None where there are none."""
     pages: torch.Tensor
     """[S] int32: the page of each sequence's state; PAD_SLOT_ID for padding."""
     first: Part | None = None
@@ -126,9 +126,10 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
         lengths = [b - a for a, b in pairwise(bounds) if b > a]
         columns = self._columns(batch.seq_lens)
         if not lengths:
-            # Only what CUDA graphs replay has padding.
-            on_cpu = self.device.type == "cpu"
-            padding = None if on_cpu else torch.diff(batch.query_start_loc) == 0
+            # A full batch on a CPU needs neither padding nor a place that CUDA graphs read.
+            full = int(batch.query_start_loc_cpu[-1]) == batch.num_reqs
+            plain = full and self.device.type == "cpu"
+            padding = None if plain else torch.diff(batch.query_start_loc) == 0
             pages = self._place(batch.block_table_tensor, columns, padding)
             return LightningMetadata(num_decodes, columns, padding, pages)
         others = slice(num_decodes, num_decodes + len(lengths))
