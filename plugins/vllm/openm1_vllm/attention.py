@@ -102,6 +102,7 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # CUDA graphs of decode steps read the pages from here.
         graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        self._has_graphs = graph > 0
         limit = max(vllm_config.scheduler_config.max_num_seqs, graph)
         self._pages = torch.full((limit,), PAD_SLOT_ID, dtype=torch.int32, device=device)
         self._checkpoints = MambaPrefillCheckpointBuilder(vllm_config, kv_cache_spec)
@@ -126,9 +127,8 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
         lengths = [b - a for a, b in pairwise(bounds) if b > a]
         columns = self._columns(batch.seq_lens)
         if not lengths:
-            # A full batch on a CPU needs neither padding nor a place that CUDA graphs read.
             full = int(batch.query_start_loc_cpu[-1]) == batch.num_reqs
-            plain = full and self.device.type == "cpu"
+            plain = full and not self._has_graphs
             padding = None if plain else torch.diff(batch.query_start_loc) == 0
             pages = self._place(batch.block_table_tensor, columns, padding)
             return LightningMetadata(num_decodes, columns, padding, pages)

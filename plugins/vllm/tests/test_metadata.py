@@ -10,10 +10,10 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 
-def builder(mode: str = "none") -> LightningMetadataBuilder:
+def builder(mode: str = "none", graph: int = 8) -> LightningMetadataBuilder:
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=4),
-        compilation_config=SimpleNamespace(max_cudagraph_capture_size=8),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=graph),
         cache_config=SimpleNamespace(
             mamba_cache_mode=mode, hash_block_size=64, cache_hit_alignment_tokens=64
         ),
@@ -69,6 +69,15 @@ def test_rows_without_tokens_are_padding():
     mixed = one.build(0, batch([1, 6, 0], [7, 0, 0], [False, True, False]))
     assert (mixed.num_decodes, mixed.first.layout.lengths) == (1, [6])
     assert mixed.pages.tolist() == [10, 11]
+
+
+def test_without_graphs_padding_is_looked_for_where_rows_are_empty():
+    one = builder(graph=0)
+    full = one.build(0, batch([1, 1], [7, 2], [False] * 2))
+    assert (full.padding, full.pages.tolist()) == (None, [10, 11])
+    assert one.update_block_table(full, table(2, 20), torch.zeros(0)).pages.tolist() == [20, 21]
+    padded = one.build(0, batch([1, 0], [7, 0], [False] * 2))
+    assert padded.pages.tolist() == [10, PAD_SLOT_ID]
 
 
 def test_other_groups_of_layers_have_other_pages_only():
