@@ -24,7 +24,7 @@ from openm1.rl.update import UpdatePlan, recompute_logprobs
 from openm1.rollout.run import run_group
 from openm1.types import RolloutGroup, SamplingParams
 
-NUM_PROMPTS, GROUP_SIZE, MAX_TOKENS = 24, 4, 40
+NUM_PROMPTS, GROUP_SIZE, MAX_TOKENS = 96, 4, 40
 LARGE = 6000.0
 # At 1 nano is so sure that nearly every probability is 1, and those correlate with nothing.
 TEMPERATURE = 1.2

@@ -29,7 +29,7 @@ TOKENS = SpecialTokens(
 
 
 # Two paths through an fp32 model. In fp64, which most tests use, no draw can be a near miss.
-FP32_ERROR = 3e-5
+FP32_ERROR = 1e-5
 FP64_ERROR = 1e-11
 LENGTHS = (1, 2, 3, 5, 7, 11, 16, 23, 31, 47, 63, 64, 65, 80, 100, 128, 129, 150, 177, 200)
 

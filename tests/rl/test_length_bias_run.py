@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+import torch
 
 from openm1.chat.jinja_m1 import M1_CHAT_TEMPLATE
 from openm1.chat.template import chat_format_for
@@ -77,7 +78,8 @@ def rambler(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     config = SupervisedConfig(num_steps=60, optimizer=AdamWConfig(learning_rate=1e-2))
     folder = RunFolder.open(tmp_path_factory.mktemp("rambler"), config)
-    model = M1ForCausalLM(TINY.config(tokenizer))
+    # In fp64, so that a run is the same whatever order a CPU sums in.
+    model = M1ForCausalLM(TINY.config(tokenizer), dtype=torch.float64)
     return train_supervised(model, source, config, folder, tokenizer=tokenizer)
 
 
@@ -114,7 +116,7 @@ class Watched:
         )
         model, tokenizer = load_start(start)
         self.path = train_rl_locally(
-            model,
+            model.double(),
             tokenizer,
             Mixture([self.taskset], seed=3),
             config,
@@ -159,11 +161,11 @@ def test_the_alarm_comes_within_20_steps_and_the_policy_recovers(
     assert left.steps[: alarm + 1] == mended.steps[: alarm + 1]
     chars = [length for _, length in mended.steps]
     # Until it was caught, it learned to write more, and little of what is right.
-    assert chars[alarm] > 1.5 * chars[0]
+    assert chars[alarm] > 2 * chars[0]
     assert mended.steps[alarm][0] < 0.4
-    # Then answers are shorter than they had become, and than they are without the charge.
+    # Then answers get shorter, where they go on growing without the charge.
     after = slice(alarm + 2, alarm + 7)
-    assert fmean(chars[after]) < max(chars[: alarm + 1]) - 0.5
+    assert fmean(chars[after]) < chars[alarm] - 0.5
     assert fmean(chars[after]) < fmean(length for _, length in left.steps[after]) - 0.5
     # And it learns what is right, which the judge pays for as well.
     assert fmean(right for right, _ in mended.steps[-4:]) > 3 * mended.steps[alarm][0]

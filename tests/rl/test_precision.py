@@ -21,6 +21,5 @@ def test_the_fp32_head_mends_what_a_bf16_head_breaks():
     # What is left is the bf16 of the layers below.
     assert whole["rl/probability_corr"] > 0.999
     assert whole["rl/probability_max_difference"] < 0.05
-    # 0.0002 and 0.0011 on two kinds of CPU, where the bf16 head has 1.4 and more.
-    assert abs(whole["rl/sampler_kl_nats"]) < 3e-3
+    assert abs(whole["rl/sampler_kl_nats"]) < 1e-3
     assert whole["reward"] > 0.9
