@@ -38,16 +38,26 @@ def onednn_is_faster() -> bool:
     return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+def product(a: Float[Tensor, "M C"], b: Float[Tensor, "N C"]) -> Float[Tensor, "M N"]:
+    """a b^T in fp32 on the CPU, without a gradient of its own."""
+    if len(a) >= MIN_ROWS and onednn_is_faster():
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return a @ b.T
+
+
+def weight_gradient(x: Float[Tensor, "T C"], grad: Float[Tensor, "T N"]) -> Float[Tensor, "N C"]:
+    """grad^T x: of W, where `grad` is that of x W^T."""
+    if grad.shape[1] > x.shape[1] and onednn_is_faster():
+        # There the wider of the two is better the second.
+        return product(x.T, grad.T).T.contiguous()
+    return product(grad.T, x.T)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight)
+        return product(x, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -56,13 +66,6 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         (grad,) = grads
-        to_x = _product(grad, weight.T) if ctx.needs_input_grad[0] else None
-        to_weight = _weight_gradient(x, grad) if ctx.needs_input_grad[1] else None
+        to_x = product(grad, weight.T) if ctx.needs_input_grad[0] else None
+        to_weight = weight_gradient(x, grad) if ctx.needs_input_grad[1] else None
         return to_x, to_weight
-
-
-def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    """grad^T x; the wider of the two is better the second."""
-    if grad.shape[1] > x.shape[1]:
-        return _product(x.T, grad.T).T.contiguous()
-    return _product(grad.T, x.T)

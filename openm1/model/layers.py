@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from openm1.kernels.cpu.training import norm as training
+from openm1.kernels.cpu.training.sharing import trains_on_cpu
 from openm1.kernels.product import linear
 
 
@@ -19,9 +21,19 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        if x.ndim == 2 and trains_on_cpu(x, self.weight):
+            return training.rms_norm(x, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = F.rms_norm(wide, (x.shape[-1],), self.weight.to(wide.dtype), self.eps)
         return normed.to(x.dtype)
+
+    def gated(
+        self, x: Float[Tensor, "T size"], gate: Float[Tensor, "T size"]
+    ) -> Float[Tensor, "T size"]:
+        """sigmoid(gate) times the norm of `x`."""
+        if trains_on_cpu(x, gate, self.weight):
+            return training.gated_rms_norm(x, gate, self.weight, self.eps)
+        return torch.sigmoid(gate) * self(x)
 
 
 class Linear(nn.Linear):

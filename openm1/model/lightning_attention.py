@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from openm1.kernels.cpu.training import lightning as training
 from openm1.kernels.lightning.op import lightning_attention, lightning_decode
 from openm1.kernels.packing import PackedLayout
 from openm1.model.cache import CacheView
@@ -60,8 +61,12 @@ class LightningAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "T C"], layout: PackedLayout, cache: CacheView | None
     ) -> Float[Tensor, "T C"]:
+        projected = self.qkv_proj(x)
+        if cache is None and training.fits(projected, self.config.head_dim):
+            out = training.lightning_silu(projected, self._slopes, layout)
+            return self.out_proj(self.norm.gated(out, self.output_gate(x)))
         heads = self.config.num_attention_heads
-        qkv = F.silu(self.qkv_proj(x)).unflatten(-1, (heads, 3 * self.config.head_dim))
+        qkv = F.silu(projected).unflatten(-1, (heads, 3 * self.config.head_dim))
         q, k, v = qkv.chunk(3, -1)  # [T, H, D]
         slopes = self._slopes.to(x.device)
         if cache is not None and cache.is_decode:
@@ -80,4 +85,4 @@ class LightningAttention(nn.Module):
         if cache is not None:
             assert state is not None
             cache.set_state(self.layer, state)
-        return self.out_proj(torch.sigmoid(self.output_gate(x)) * self.norm(out.flatten(1)))
+        return self.out_proj(self.norm.gated(out.flatten(1), self.output_gate(x)))

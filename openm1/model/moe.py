@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from openm1.kernels.cpu.training import experts as training
 from openm1.kernels.product import linear
 from openm1.model.config import M1Config
 from openm1.model.layers import Linear, linear_fp32
@@ -77,7 +78,10 @@ class MoE(nn.Module):
         if seen is not None:
             seen.append(chosen)
         weights = weights / weights.sum(-1, keepdim=True)
-        if self._dense_is_faster(len(x)):
+        if training.fits(x, self.experts.w1):
+            w1, w3, w2 = self.experts.whole()
+            out = training.chosen_experts(x, weights, chosen, w1, w3, w2)
+        elif self._dense_is_faster(len(x)):
             gates = torch.zeros_like(probs).scatter(1, chosen, weights)
             out = experts_dense(x, gates, self.experts)
         else:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from openm1.kernels.cpu.training import attention as training
 from openm1.kernels.packing import PackedLayout
 from openm1.kernels.paged_attention import paged_decode_attention, paged_prefill_attention
 from openm1.model.cache import CacheView
@@ -17,9 +18,6 @@ from openm1.model.rope import apply_rope
 # Short new sequences are attended to side by side by torch's own operator: what it is slower by is
 # less than what a call for each of them takes.
 PACKED_MAX_TOKENS = 512
-# In training on a CPU torch's own operator takes three times as long as plain products where heads
-# are small, mostly for its gradient; scores of this many tokens still fit the memory.
-PLAIN_MAX_TOKENS = 512
 
 
 class SoftmaxAttention(nn.Module):
@@ -74,6 +72,8 @@ def attend_packed(
     layout: PackedLayout,
 ) -> Float[Tensor, "T H D"]:
     """Each packed sequence attends to itself, causally. Padding stays behind every real query."""
+    if training.fits(q, layout):
+        return training.causal_attention(q, k, v, layout)
     if layout.num_sequences == 1:
         return _sdpa(q[None], k[None], v[None])[0]
     q, k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (q, k, v))
@@ -87,20 +87,6 @@ def attend_packed(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention [n, L, H, D] x [n, L, G, D] -> [n, L, H, D]."""
-    if q.requires_grad and q.device.type == "cpu" and q.shape[1] <= PLAIN_MAX_TOKENS:
-        return _plain(q, k, v)
     repeats = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeats, 2).transpose(1, 2) for x in (k, v))
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True).transpose(1, 2)
-
-
-def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same as `_sdpa`, with all scores at once."""
-    length, groups, dim = k.shape[1:]
-    q = (q * dim**-0.5).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [n, G, H/G, L, D]
-    rows = q.flatten(2, 3)  # [n, G, H/G * L, D]
-    scores = (rows @ k.permute(0, 2, 3, 1)).unflatten(2, (-1, length))
-    # Added in place: it costs a gradient nothing.
-    weights = scores.add_(scores.new_full((length, length), -torch.inf).triu(1)).softmax(-1)
-    out = weights.flatten(2, 3) @ v.transpose(1, 2)  # [n, G, H/G * L, D]
-    return out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -7,7 +7,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from openm1.chat.json_scan import MAX_DEPTH, ObjectScan
@@ -51,12 +51,15 @@ def test_an_object_is_whole_at_its_last_brace(value: dict, ascii: bool, data) ->
 
 @given(st.lists(st.sampled_from(SHARDS), max_size=14).map("".join))
 def test_whole_is_what_python_reads_and_broken_can_be_nothing_more(tail: str) -> None:
+    # JSON, but what no double holds.
+    assume("e911" not in tail)
     text = "{" + tail
     state, taken, left = scanned([text])
     assert scanned(list(text)) == (state, taken, left)
     if state == "whole":
         assert isinstance(json.loads(taken), dict)
-    else:
+    # Python goes on behind a line break between values.
+    elif not left.startswith("\n"):
         with pytest.raises(ValueError):
             json.loads(text)
     if state == "broken":

@@ -11,8 +11,8 @@ from numba.core.ccallback import CFunc
 
 
 def _sources_stamp() -> tuple[tuple[str, float, int], ...]:
-    """Changes whenever a file of this folder does."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    """Changes whenever a file in this folder does."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
     return tuple((file.name, file.stat().st_mtime, file.stat().st_size) for file in files)
 
 

@@ -142,8 +142,8 @@ def _make_row(kind: int, masked: bool) -> Any:
     return row
 
 
-_row_f32, _row_masked_f32 = _make_row(FLOAT32, False), _make_row(FLOAT32, True)
-_row_bf16, _row_masked_bf16 = _make_row(BFLOAT16, False), _make_row(BFLOAT16, True)
+row_f32, row_masked_f32 = _make_row(FLOAT32, False), _make_row(FLOAT32, True)
+row_bf16, row_masked_bf16 = _make_row(BFLOAT16, False), _make_row(BFLOAT16, True)
 
 
 @kernel
@@ -154,13 +154,13 @@ def _soften_rows(scores, weights, to_bf16, size, limits, scale, peaks, totals, f
         limit = limits[i] if limits.size > 0 else size
         before = peaks[i]
         if to_bf16 and limit < size:
-            peak, total = _row_masked_bf16(source, target, size, limit, scale, before)
+            peak, total = row_masked_bf16(source, target, size, limit, scale, before)
         elif to_bf16:
-            peak, total = _row_bf16(source, target, size, limit, scale, before)
+            peak, total = row_bf16(source, target, size, limit, scale, before)
         elif limit < size:
-            peak, total = _row_masked_f32(source, target, size, limit, scale, before)
+            peak, total = row_masked_f32(source, target, size, limit, scale, before)
         else:
-            peak, total = _row_f32(source, target, size, limit, scale, before)
+            peak, total = row_f32(source, target, size, limit, scale, before)
         fade = np.float32(2.0) ** (before - peak)
         peaks[i] = peak
         fades[i] = fade

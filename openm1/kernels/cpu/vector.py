@@ -303,7 +303,8 @@ weighted_sum_1x1_f32, weighted_sum_1x1_bf16 = (
 
 @intrinsic
 def exp_f32(typingctx, x):
-    """exp in arithmetic that vectorises; relative error below 2e-7, 0 below -87, clamped at 88."""
+    """exp in arithmetic that vectorises; relative error below 2e-7, 0 below -87, clamped at 88; of
+    NaN it is NaN."""
 
     def codegen(context, builder, signature, args):
         def const(value):
@@ -326,7 +327,8 @@ def exp_f32(typingctx, x):
         power = builder.bitcast(builder.shl(exponent, ir.Constant(_I32, 23)), _F32)
         product = builder.fmul(series, power)
         tiny = builder.fcmp_ordered("<", args[0], const(-87.0))
-        return builder.select(tiny, const(0.0), product)
+        result = builder.select(tiny, const(0.0), product)
+        return builder.select(builder.fcmp_unordered("uno", *args, *args), args[0], result)
 
     return types.float32(types.float32), codegen
 
