@@ -40,7 +40,7 @@ def onednn_is_faster() -> bool:
 
 def product(a: Float[Tensor, "M C"], b: Float[Tensor, "N C"]) -> Float[Tensor, "M N"]:
     """a b^T in fp32 on the CPU, without a gradient of its own."""
-    if len(a) >= MIN_ROWS and onednn_is_faster():
+    if len(a) >= MIN_ROWS and a.shape[1] > 0 and onednn_is_faster():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.T
 

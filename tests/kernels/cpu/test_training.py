@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openm1.kernels import product
 from openm1.kernels.cpu.training import attention, experts, lightning, norm, sharing
 from openm1.kernels.lightning.naive import lightning_naive
 from openm1.kernels.packing import PackedLayout
@@ -87,9 +88,20 @@ def plain_experts(x: Tensor, weights: Tensor, chosen: Tensor, w1, w3, w2) -> Ten
     return out
 
 
+@pytest.mark.parametrize("by_onednn", [False, True])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (4, 2), (9, 3)])
 @pytest.mark.parametrize("tokens", [1, 4, 70])
-def test_experts(threads: int, num_experts: int, top_k: int, tokens: int):
+def test_experts(
+    threads: int,
+    num_experts: int,
+    top_k: int,
+    tokens: int,
+    by_onednn: bool,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    if by_onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(product, "onednn_is_faster", lambda: by_onednn)
     size, width = 24, 40
     generator = torch.Generator().manual_seed(tokens)
     # The last of nine experts is nobody's choice.

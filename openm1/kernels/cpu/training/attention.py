@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from openm1.kernels.cpu import softmax, vector
 from openm1.kernels.cpu.blocks import address_of, copy_row
 from openm1.kernels.cpu.compile import kernel, piece
-from openm1.kernels.cpu.training.sharing import arrays, in_ranges, trains_on_cpu
+from openm1.kernels.cpu.training.sharing import RANGES_PER_THREAD, arrays, in_ranges, trains_on_cpu
 from openm1.kernels.cpu.vector import FLOAT32, LANES
 from openm1.kernels.packing import PackedLayout
 
@@ -54,7 +54,13 @@ class _Attention(torch.autograd.Function):
         out, sums = torch.empty_like(q), q.new_empty(q.shape[:2])
         ctx.bounds = np.array([*layout.starts, layout.num_tokens])
         num_units = layout.num_sequences * k.shape[1]
-        in_ranges(_forward, num_units, ctx.bounds, *arrays(q, k, v, out, sums))
+        in_ranges(
+            _forward,
+            num_units,
+            ctx.bounds,
+            *arrays(q, k, v, out, sums),
+            ranges_per_thread=RANGES_PER_THREAD,
+        )
         ctx.save_for_backward(q, k, v, out, sums)
         return out
 
@@ -66,7 +72,13 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, sums = ctx.saved_tensors
         results = [torch.empty_like(x) for x in (q, k, v)]
         given = arrays(q, k, v, out, sums, grads[0].contiguous(), *results)
-        in_ranges(_backward, (len(ctx.bounds) - 1) * k.shape[1], ctx.bounds, *given)
+        in_ranges(
+            _backward,
+            (len(ctx.bounds) - 1) * k.shape[1],
+            ctx.bounds,
+            *given,
+            ranges_per_thread=RANGES_PER_THREAD,
+        )
         return *results, None
 
 

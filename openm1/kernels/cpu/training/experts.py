@@ -28,7 +28,7 @@ def chosen_experts(
     w3: Float[Tensor, "E F C"],
     w2: Float[Tensor, "E C F"],
 ) -> Float[Tensor, "T C"]:
-    """sum_k weights_k W2_e (silu(W1_e x) * W3_e x), with e = chosen_k."""
+    """sum_k weights_k W2_e (silu(W1_e x) * W3_e x), with e = chosen_k, K different ones."""
     return _ChosenExperts.apply(x, weights, chosen, w1, w3, w2)
 
 
@@ -47,7 +47,8 @@ class _ChosenExperts(torch.autograd.Function):
             gate, up = product(inputs, w1[e]), product(inputs, w3[e])
             hidden = torch.empty_like(up)
             in_ranges(_swiglu, len(tokens), *arrays(gate, up, shares, hidden))
-            out.index_add_(0, tokens, product(hidden, w2[e]))
+            mixed = product(hidden, w2[e])
+            in_ranges(_add_rows, len(tokens), *arrays(mixed, tokens, out))
             kept += [places, gate, up]
         ctx.save_for_backward(x, weights, w1, w3, w2, *kept)
         return out
@@ -71,7 +72,7 @@ class _ChosenExperts(torch.autograd.Function):
             in_ranges(_swiglu_back, len(tokens), *arrays(*given))
             to_weights[places] = to_shares
             to_inputs = product(to_gate, w1[e].T).add_(product(to_up, w3[e].T))
-            to_x.index_add_(0, tokens, to_inputs)
+            in_ranges(_add_rows, len(tokens), *arrays(to_inputs, tokens, to_x))
             to_w1[e] = weight_gradient(inputs, to_gate)
             to_w3[e] = weight_gradient(inputs, to_up)
             to_w2[e] = weight_gradient(hidden, above)
@@ -100,3 +101,12 @@ def _swiglu_back(first, stop, gate, up, shares, to_hidden, hidden, to_gate, to_u
             to_ups[i] = share * above[i] * silu
             to_gates[i] = share * above[i] * ups[i] * (opened + silu * (ONE - opened))
         to_shares[t] = total
+
+
+@kernel
+def _add_rows(first, stop, rows, tokens, out):
+    """No two rows are for the same token."""
+    for i in range(first, stop):
+        row, to = rows[i], out[tokens[i]]
+        for c in range(row.size):
+            to[c] += row[c]

@@ -28,7 +28,7 @@ from openm1.kernels.cpu import vector
 from openm1.kernels.cpu.blocks import address_of
 from openm1.kernels.cpu.compile import kernel, piece
 from openm1.kernels.cpu.training.norm import ONE, sigmoid
-from openm1.kernels.cpu.training.sharing import arrays, in_ranges, trains_on_cpu
+from openm1.kernels.cpu.training.sharing import RANGES_PER_THREAD, arrays, in_ranges, trains_on_cpu
 from openm1.kernels.cpu.vector import FLOAT32, LANES
 from openm1.kernels.packing import PackedLayout
 
@@ -55,13 +55,20 @@ class _Lightning(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, projected: Tensor, slope: Tensor, layout: PackedLayout) -> Tensor:
         projected = projected.contiguous()
-        # Of a state, what is lost from one token to the next: more exact than what stays.
-        losses = torch.expm1(-slope)
-        ctx.save_for_backward(projected, losses)
+        # Minus what a state loses from one token to the next: as a number of fp32 more exact than
+        # what it keeps.
+        fades = torch.expm1(-slope)
+        ctx.save_for_backward(projected, fades)
         ctx.bounds = np.array([*layout.starts, layout.num_tokens])
         out = projected.new_empty(len(projected), projected.shape[1] // 3)
-        given = arrays(projected, losses, out)
-        in_ranges(_forward, _num_units(ctx.bounds, losses), ctx.bounds, *given)
+        given = arrays(projected, fades, out)
+        in_ranges(
+            _forward,
+            _num_units(ctx.bounds, fades),
+            ctx.bounds,
+            *given,
+            ranges_per_thread=RANGES_PER_THREAD,
+        )
         return out
 
     @staticmethod
@@ -69,26 +76,32 @@ class _Lightning(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        projected, losses = ctx.saved_tensors
+        projected, fades = ctx.saved_tensors
         to_projected = torch.empty_like(projected)
-        given = arrays(projected, losses, grads[0].contiguous(), to_projected)
-        in_ranges(_backward, _num_units(ctx.bounds, losses), ctx.bounds, *given)
+        given = arrays(projected, fades, grads[0].contiguous(), to_projected)
+        in_ranges(
+            _backward,
+            _num_units(ctx.bounds, fades),
+            ctx.bounds,
+            *given,
+            ranges_per_thread=RANGES_PER_THREAD,
+        )
         return to_projected, None, None
 
 
-def _num_units(bounds: np.ndarray, losses: Tensor) -> int:
-    return (len(bounds) - 1) * -(-len(losses) // UNIT_HEADS)
+def _num_units(bounds: np.ndarray, fades: Tensor) -> int:
+    return (len(bounds) - 1) * -(-len(fades) // UNIT_HEADS)
 
 
 def _make_scan(dim: int) -> Any:
-    """scan(q, q_stride, k, k_stride, v, v_stride, out, out_stride, count, loss, state).
+    """scan(q, q_stride, k, k_stride, v, v_stride, out, out_stride, count, fade, state).
 
     `count` tokens of one head, LANES columns of v, out and the state [dim, dim]; all are addresses
     of fp32 and strides in bytes, which may be negative. The state is moved on.
     """
     num_sums = 4  # So that one addition need not wait for the last one's end.
 
-    def build(builder, q, q_stride, k, k_stride, v, v_stride, out, out_stride, count, loss, state):
+    def build(builder, q, q_stride, k, k_stride, v, v_stride, out, out_stride, count, fade, state):
         def number(base, index):
             at = builder.add(base, vector._const(4 * index))
             value = builder.load(builder.inttoptr(at, ir.FloatType().as_pointer()), align=4)
@@ -97,7 +110,7 @@ def _make_scan(dim: int) -> Any:
         def at_token(base, stride, index):
             return builder.add(base, builder.mul(stride, index))
 
-        loss = number(loss, 0)
+        fade = number(fade, 0)
         places = [builder.add(state, vector._const(4 * dim * i)) for i in range(dim)]
 
         def token(index, rows):
@@ -105,7 +118,7 @@ def _make_scan(dim: int) -> Any:
             values = vector._load(builder, at_token(v, v_stride, index), FLOAT32)
             new, sums = [], [ir.Constant(values.type, None)] * num_sums
             for i, row in enumerate(rows):
-                row = vector._fma(builder, row, loss, row)
+                row = vector._fma(builder, row, fade, row)
                 row = vector._fma(builder, number(keys, i), values, row)
                 which = i % num_sums
                 sums[which] = vector._fma(builder, number(queries, i), row, sums[which])
@@ -124,7 +137,7 @@ def _make_scan(dim: int) -> Any:
     codegen = vector._outlined(f"openm1_scan_{dim}", 11, build)
 
     @intrinsic
-    def scan(typingctx, q, q_stride, k, k_stride, v, v_stride, out, out_stride, count, loss, state):
+    def scan(typingctx, q, q_stride, k, k_stride, v, v_stride, out, out_stride, count, fade, state):
         return types.void(*[types.int64] * 11), codegen
 
     return scan
@@ -134,17 +147,17 @@ _scan_16, _scan_32 = (_make_scan(dim) for dim in HEAD_DIMS)
 
 
 @piece
-def scan(dim, q, k, v, stride, out, out_stride, count, loss, state):
+def scan(dim, q, k, v, stride, out, out_stride, count, fade, state):
     """All columns of a head; each of q, k, v is an address, with the same stride or its own."""
     for column in range(0, 4 * dim, 4 * LANES):
         to, at = out + column, state + column
         if dim == 16:
             _scan_16(
-                q, stride[0], k, stride[1], v + column, stride[2], to, out_stride, count, loss, at
+                q, stride[0], k, stride[1], v + column, stride[2], to, out_stride, count, fade, at
             )
         else:
             _scan_32(
-                q, stride[0], k, stride[1], v + column, stride[2], to, out_stride, count, loss, at
+                q, stride[0], k, stride[1], v + column, stride[2], to, out_stride, count, fade, at
             )
 
 
@@ -166,8 +179,8 @@ def unit_heads(unit, heads):
 
 
 @kernel
-def _forward(first_unit, stop_unit, bounds, projected, losses, out):
-    heads = losses.size
+def _forward(first_unit, stop_unit, bounds, projected, fades, out):
+    heads = fades.size
     dim = projected.shape[1] // (3 * heads)
     states = np.empty((UNIT_HEADS, dim, dim), np.float32)
     scratch = np.empty((BLOCK_TOKENS, UNIT_HEADS * 3 * dim), np.float32)
@@ -184,13 +197,13 @@ def _forward(first_unit, stop_unit, bounds, projected, losses, out):
                 k, v = q + 4 * dim, q + 8 * dim
                 to = address_of(out) + begin * out_bytes + 4 * dim * h
                 strides = (row_bytes, row_bytes, row_bytes)
-                loss, state = address_of(losses[h:]), address_of(states[h - first])
-                scan(dim, q, k, v, strides, to, out_bytes, count, loss, state)
+                fade, state = address_of(fades[h:]), address_of(states[h - first])
+                scan(dim, q, k, v, strides, to, out_bytes, count, fade, state)
 
 
 @kernel
-def _backward(first_unit, stop_unit, bounds, projected, losses, grad, to_projected):
-    heads = losses.size
+def _backward(first_unit, stop_unit, bounds, projected, fades, grad, to_projected):
+    heads = fades.size
     dim = projected.shape[1] // (3 * heads)
     states = np.empty((2, UNIT_HEADS, dim, dim), np.float32)
     scratch = np.empty((BLOCK_TOKENS, UNIT_HEADS * 3 * dim), np.float32)
@@ -210,8 +223,8 @@ def _backward(first_unit, stop_unit, bounds, projected, losses, grad, to_project
                 above = address_of(grad) + begin * grad_bytes + 4 * dim * h
                 to = address_of(to_projected) + begin * to_bytes + 12 * dim * h
                 strides = (grad_bytes, row_bytes, row_bytes)
-                loss, state = address_of(losses[h:]), address_of(states[0, h - first])
-                scan(dim, above, v, k, strides, to, to_bytes, count, loss, state)
+                fade, state = address_of(fades[h:]), address_of(states[0, h - first])
+                scan(dim, above, v, k, strides, to, to_bytes, count, fade, state)
         states[:] = 0.0
         for block in range((end - start - 1) // BLOCK_TOKENS, -1, -1):
             begin = start + block * BLOCK_TOKENS
@@ -223,13 +236,13 @@ def _backward(first_unit, stop_unit, bounds, projected, losses, grad, to_project
                 k, v = q + 4 * dim, q + 8 * dim
                 above = address_of(grad) + (begin + last) * grad_bytes + 4 * dim * h
                 to = address_of(to_projected) + (begin + last) * to_bytes + 12 * dim * h
-                loss = address_of(losses[h:])
+                fade = address_of(fades[h:])
                 to_k, state = to + 4 * dim, address_of(states[0, h - first])
                 strides = (-row_bytes, -grad_bytes, -row_bytes)
-                scan(dim, v, above, q, strides, to_k, -to_bytes, count, loss, state)
+                scan(dim, v, above, q, strides, to_k, -to_bytes, count, fade, state)
                 to_v, state = to + 8 * dim, address_of(states[1, h - first])
                 strides = (-row_bytes, -row_bytes, -grad_bytes)
-                scan(dim, k, q, above, strides, to_v, -to_bytes, count, loss, state)
+                scan(dim, k, q, above, strides, to_v, -to_bytes, count, fade, state)
             for t in range(begin, begin + count):
                 row = projected[t, columns[0] : columns[1]]
                 to_row = to_projected[t, columns[0] : columns[1]]

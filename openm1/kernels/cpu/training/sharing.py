@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Ranges for each thread, so that one with long sequences does not keep the others waiting.
 RANGES_PER_THREAD = 4
+"""Where units are sequences: so that nobody waits long for who has the longest."""
 
 
 def trains_on_cpu(*tensors: Tensor) -> bool:
@@ -29,22 +29,33 @@ def arrays(*tensors: Tensor) -> list[np.ndarray]:
     return [x.detach().numpy() for x in tensors]
 
 
-def in_ranges(kernel: Callable[..., Any], count: int, *arguments: Any) -> list[Any]:
+def in_ranges(
+    kernel: Callable[..., Any], count: int, *arguments: Any, ranges_per_thread: int = 1
+) -> list[Any]:
     """kernel(first, stop, *arguments) over all of `count` units; what it returned for each range.
 
-    As many at a time as torch has threads. The kernel gives up the GIL and writes nothing for units
-    that are not its own.
+    As many at a time as torch has threads; several ranges for each where units differ in size, so
+    that nobody waits long for the last one. The kernel gives up the GIL and writes nothing for
+    units that are not its own.
     """
     threads = min(torch.get_num_threads(), count)
     if threads <= 1:
         return [kernel(0, count, *arguments)]
-    num_ranges = min(threads * RANGES_PER_THREAD, count)
-    bounds = [count * i // num_ranges for i in range(num_ranges + 1)]
-    submit = _pool(threads).submit
-    calls = [submit(kernel, first, stop, *arguments) for first, stop in pairwise(bounds)]
-    return [call.result() for call in calls]
+    num_ranges = min(threads * ranges_per_thread, count)
+    results: list[Any] = [None] * num_ranges
+    ranges = enumerate(pairwise([count * i // num_ranges for i in range(num_ranges + 1)]))
+
+    def take() -> None:
+        for place, (first, stop) in ranges:
+            results[place] = kernel(first, stop, *arguments)
+
+    others = [_pool(threads).submit(take) for _ in range(threads - 1)]
+    take()
+    for other in others:
+        other.result()
+    return results
 
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="openm1-training")
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="openm1-training")
