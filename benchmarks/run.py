@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -36,16 +37,18 @@ class BenchConfig:
 
 
 def measure(race: Race, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each turn; contestants take turns, so noise hits all alike. The first is not
-    counted."""
+    """Seconds of each turn; contestants take turns, so noise hits all alike. The first of a round
+    is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in race.contestants}
-    for turn in range(repeats + 1):
-        for name, work in race.contestants.items():
-            # OpenMP's threads spin for a while after their work, on cores that the next one needs.
-            time.sleep(0.1)
-            took = work()
-            if turn:
-                seconds[name].append(took)
+    for number in range(race.num_rounds):
+        race.begin_round(number)
+        for turn in range(math.ceil(repeats / race.num_rounds) + 1):
+            for name, work in race.contestants.items():
+                # OpenMP's threads spin for a while after their work, on cores that the next needs.
+                time.sleep(0.1)
+                took = work()
+                if turn:
+                    seconds[name].append(took)
     return seconds
 
 

@@ -13,6 +13,7 @@ With "cpu_time": true, seconds are those of the process's own time on the CPU.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -36,9 +37,13 @@ def main() -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(start["config"]))
-        engine = Engine(folder, start)
+    # At the same place every time: vLLM keeps what it compiles by the model's path.
+    text = json.dumps(start["config"])
+    name = f"openm1-vllm-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    folder = Path(tempfile.gettempdir()) / name
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(text)
+    engine = Engine(str(folder), start)
     print(MARK + json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         job = json.loads(line)
