@@ -200,10 +200,9 @@ class OnVllm:
         self.shape, self._config = shape, VLLM_SHAPES[shape]()
         room = {"max_batch": 32, "max_context": 2560, "threads": threads, "cpu_time": True}
         start = partial(VllmPeer, self._config, **room)
-        self._makers = [
-            (OURS, partial(start, plugin=True)),
-            *((vllm_name(wide), partial(start, wide_attention=wide)) for wide in (False, True)),
-        ]
+        self._makers = {OURS: partial(start, plugin=True)}
+        self._makers |= {vllm_name(w): partial(start, wide_attention=w) for w in (False, True)}
+        self._order = list(self._makers)
         self.running: dict[str, VllmPeer] = {}
 
     @classmethod
@@ -221,7 +220,7 @@ class OnVllm:
 
     @property
     def names(self) -> list[str]:
-        return [name for name, _ in self._makers]
+        return list(self._makers)
 
     def begin_round(self, number: int) -> None:
         """Starts them anew, the one that was first as the last; but goes on with the last round of
@@ -229,9 +228,9 @@ class OnVllm:
         if self.running and number == 0:
             return
         self.close()
-        self._makers = [*self._makers[1:], self._makers[0]]
-        for name, make in self._makers:
-            self.running[name] = make()
+        self._order = [*self._order[1:], self._order[0]]
+        for name in self._order:
+            self.running[name] = self._makers[name]()
 
     def close(self) -> None:
         while self.running:
@@ -247,7 +246,7 @@ def on_vllm(ask: Callable[[VllmPeer], float], num_tokens: int, shape: str, threa
     def ask_one(name: str) -> float:
         return ask(engines.running[name])
 
-    names = sorted(engines.names, key=lambda name: name != OURS)
+    names = engines.names
     return Race(
         num_tokens=num_tokens,
         contestants={name: partial(ask_one, name) for name in names},
