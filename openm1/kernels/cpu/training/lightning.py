@@ -32,8 +32,8 @@ from openm1.kernels.cpu.training.sharing import RANGES_PER_THREAD, arrays, in_ra
 from openm1.kernels.cpu.vector import FLOAT32, LANES
 from openm1.kernels.packing import PackedLayout
 
-HEAD_DIMS = (16, 32)
-"""Sizes of heads whose state stays near enough; larger ones are better in chunks."""
+HEAD_DIMS = (16, 32, 64)
+"""Sizes of heads whose state stays near; larger ones are better in chunks."""
 BLOCK_TOKENS = 64
 """Tokens whose activations are computed at a time, and stay in the nearest cache."""
 UNIT_HEADS = 4
@@ -143,22 +143,21 @@ def _make_scan(dim: int) -> Any:
     return scan
 
 
-_scan_16, _scan_32 = (_make_scan(dim) for dim in HEAD_DIMS)
+_scan_16, _scan_32, _scan_64 = (_make_scan(dim) for dim in HEAD_DIMS)
 
 
 @piece
-def scan(dim, q, k, v, stride, out, out_stride, count, fade, state):
-    """All columns of a head; each of q, k, v is an address, with the same stride or its own."""
+def scan(dim, q, k, v, strides, out, out_stride, count, fade, state):
+    """All columns of a head; q, k and v are addresses with strides of their own."""
+    a, b, c = strides
     for column in range(0, 4 * dim, 4 * LANES):
-        to, at = out + column, state + column
+        values, to, at = v + column, out + column, state + column
         if dim == 16:
-            _scan_16(
-                q, stride[0], k, stride[1], v + column, stride[2], to, out_stride, count, fade, at
-            )
+            _scan_16(q, a, k, b, values, c, to, out_stride, count, fade, at)
+        elif dim == 32:
+            _scan_32(q, a, k, b, values, c, to, out_stride, count, fade, at)
         else:
-            _scan_32(
-                q, stride[0], k, stride[1], v + column, stride[2], to, out_stride, count, fade, at
-            )
+            _scan_64(q, a, k, b, values, c, to, out_stride, count, fade, at)
 
 
 @piece
