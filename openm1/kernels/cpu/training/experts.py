@@ -17,6 +17,7 @@ from openm1.kernels.product import product, weight_gradient
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether `chosen_experts` is for these: plain fp32 on the CPU, and a gradient wanted."""
     return isinstance(weight, Tensor) and trains_on_cpu(x, weight)
 
 

@@ -41,6 +41,7 @@ UNIT_HEADS = 4
 
 
 def fits(projected: Tensor, dim: int) -> bool:
+    """Whether `lightning_silu` is for heads of `dim`: fp32 on the CPU, and a gradient wanted."""
     return dim in HEAD_DIMS and trains_on_cpu(projected)
 
 
