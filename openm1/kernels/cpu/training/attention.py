@@ -34,7 +34,7 @@ MAX_TOKENS = 1024
 
 
 def fits(q: Tensor, layout: PackedLayout) -> bool:
-    """Whether `causal_attention` is for these: small enough, fp32 on the CPU, and a gradient wanted."""
+    """Whether `causal_attention` is for these: short, fp32, on the CPU, a gradient wanted."""
     return q.shape[-1] % LANES == 0 and trains_on_cpu(q) and max(layout.lengths) <= MAX_TOKENS
 
 
