@@ -52,6 +52,7 @@ class Race:
     num_rounds: int = 1
     """Turns are shared out among them."""
     begin_round: Callable[[int], None] = lambda number: None
+    """Called with 0, 1, ... before each."""
     close: Callable[[], None] = lambda: None
 
 
@@ -182,7 +183,6 @@ def big_prefill(goal: float, threads: int) -> Race:
     return big_race(ask, big_contestants(1, 2048, threads), 2048, goal)
 
 
-# The one shape, plugin and peers, that vLLM has been started for: a start takes half a minute.
 VLLM_SHAPES = {"": shape_315m, "-547m": shape_547m}
 
 
@@ -191,15 +191,16 @@ class OnVllm:
     and one with as many weights; kept for all cases of a shape.
 
     Which of three processes was started first is worth a tenth to it, for as long as they run. So
-    each is first, second and last in a third of the turns.
+    each is first, second and last in a third of the turns. In CPU time: a machine is seldom quiet.
     """
 
     current: OnVllm | None = None
+    """Whose processes run: of one shape at a time, as a start takes half a minute and gigabytes."""
 
     def __init__(self, shape: str, threads: int) -> None:
-        self.shape, self._config = shape, VLLM_SHAPES[shape]()
+        self.shape = shape
         room = {"max_batch": 32, "max_context": 2560, "threads": threads, "cpu_time": True}
-        start = partial(VllmPeer, self._config, **room)
+        start = partial(VllmPeer, VLLM_SHAPES[shape](), **room)
         self._makers = {OURS: partial(start, plugin=True)}
         self._makers |= {vllm_name(w): partial(start, wide_attention=w) for w in (False, True)}
         self._order = list(self._makers)

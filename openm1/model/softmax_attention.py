@@ -72,7 +72,7 @@ def attend_packed(
     layout: PackedLayout,
 ) -> Float[Tensor, "T H D"]:
     """Each packed sequence attends to itself, causally. Padding stays behind every real query."""
-    if training.fits(q, layout):
+    if training.fits(q, k, v, layout):
         return training.causal_attention(q, k, v, layout)
     if layout.num_sequences == 1:
         return _sdpa(q[None], k[None], v[None])[0]

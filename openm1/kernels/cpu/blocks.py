@@ -22,6 +22,8 @@ SPLIT_TOKENS = 256
 
 # Constants as arguments: a plain 0 is a type of its own, and would be compiled for as such.
 ZERO, ONE = np.int64(0), np.int64(1)
+# From one fp32 number to the next.
+STEP = np.int64(4)
 
 
 @piece
@@ -233,14 +235,25 @@ def project(
 
 
 @piece
-def rms_norm(x, weight, eps, size, out):
-    """out = weight * x / sqrt(mean(x^2) + eps)."""
+def rms_scale(x, eps, size):
+    """1 / sqrt(mean(x^2) + eps)."""
     total = np.float32(0.0)
     for i in range(size):
         total += x[i] * x[i]
-    scale = np.float32(1.0) / np.sqrt(total / np.float32(size) + np.float32(eps))
+    return np.float32(1.0) / np.sqrt(total / np.float32(size) + np.float32(eps))
+
+
+@piece
+def rms_norm(x, weight, eps, size, out):
+    """out = weight * x / sqrt(mean(x^2) + eps)."""
+    scale = rms_scale(x, eps, size)
     for i in range(size):
         out[i] = x[i] * scale * weight[i]
+
+
+@piece
+def sigmoid(x):
+    return np.float32(1.0) / (np.float32(1.0) + vector.exp_f32(-x))
 
 
 @piece
@@ -249,7 +262,7 @@ def sigmoid_rows(out, num_inputs, first, stop):
     for m in range(num_inputs):
         row = out[m, first:stop]
         for n in range(row.size):
-            row[n] = np.float32(1.0) / (np.float32(1.0) + vector.exp_f32(-row[n]))
+            row[n] = sigmoid(row[n])
 
 
 @piece
@@ -391,13 +404,14 @@ def sum_values(kind, p, p_stride, v, v_stride, count, out, out_stride, num_queri
     while d + 4 * LANES <= dim and num_queries >= 4:
         for r in range(0, num_queries - 3, 4):
             weights, to = p + r * p_stride, out + r * out_stride + 4 * d
+            values = v + d * element
             if kind == FLOAT32:
                 vector.weighted_sum_4x4_f32(
-                    weights, p_stride, v + d * element, v_stride, count, to, out_stride, 4 * LANES
+                    weights, p_stride, STEP, values, v_stride, count, to, out_stride, 4 * LANES
                 )
             else:
                 vector.weighted_sum_4x4_bf16(
-                    weights, p_stride, v + d * element, v_stride, count, to, out_stride, 4 * LANES
+                    weights, p_stride, STEP, values, v_stride, count, to, out_stride, 4 * LANES
                 )
         d += 4 * LANES
     wide, d = d, 0
@@ -407,13 +421,14 @@ def sum_values(kind, p, p_stride, v, v_stride, count, out, out_stride, num_queri
         done = num_queries // 4 * 4 if d < wide else 0
         for r in range(done, num_queries):
             weights, to = p + r * p_stride, out + r * out_stride + 4 * d
+            values = v + d * element
             if kind == FLOAT32:
                 vector.weighted_sum_1x1_f32(
-                    weights, p_stride, v + d * element, v_stride, count, to, out_stride, width
+                    weights, p_stride, STEP, values, v_stride, count, to, out_stride, width
                 )
             else:
                 vector.weighted_sum_1x1_bf16(
-                    weights, p_stride, v + d * element, v_stride, count, to, out_stride, width
+                    weights, p_stride, STEP, values, v_stride, count, to, out_stride, width
                 )
         d += LANES
 

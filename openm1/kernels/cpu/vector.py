@@ -239,20 +239,25 @@ def _make_dots(num_rows: int, num_inputs: int, kind: int, *, bytes_ahead: int = 
     return dots
 
 
-def _make_weighted_sum(num_inputs: int, num_vectors: int, kind: int):
-    """weighted_sum(p, p_stride, v, v_stride, count, out, out_stride, width).
+def make_weighted_sum(
+    num_inputs: int, num_vectors: int, kind: int, *, adds: bool = True, whole: bool = False
+):
+    """weighted_sum(p, p_stride, p_step, v, v_stride, count, out, out_stride, width).
 
-    out[m, d] += sum_n p[m, n] v[n, d] for d < width <= num_vectors * LANES; p and out are fp32.
-    A width below that is for a single vector only.
+    out[m, d] += sum_n p[m, n] v[n, d] for d < width <= num_vectors * LANES, or just that sum unless
+    it `adds`; p and out are fp32. `p_stride` is from m to m + 1, `p_step` from n to n + 1: p may be
+    a transposed matrix. A width below num_vectors * LANES is for a single vector only, and not if
+    it must be `whole`.
     """
 
-    def build(builder, p, p_stride, v, v_stride, count, out, out_stride, width):
-        mask = _tail_mask(builder, width) if num_vectors == 1 else None
+    def build(builder, p, p_stride, p_step, v, v_stride, count, out, out_stride, width):
+        mask = _tail_mask(builder, width) if num_vectors == 1 and not whole else None
         places = []
         for m in range(num_inputs):
             row = builder.add(out, builder.mul(out_stride, _const(m)))
             places += [builder.add(row, _const(4 * LANES * j)) for j in range(num_vectors)]
-        sums = [_load(builder, place, FLOAT32, mask) for place in places]
+        zero = ir.Constant(_VECTOR, None)
+        before = [_load(builder, at, FLOAT32, mask) if adds else zero for at in places]
 
         def accumulate(index, sums):
             row = builder.add(v, builder.mul(v_stride, index))
@@ -261,14 +266,14 @@ def _make_weighted_sum(num_inputs: int, num_vectors: int, kind: int):
             new = []
             for m in range(num_inputs):
                 at = builder.add(p, builder.mul(p_stride, _const(m)))
-                at = builder.add(at, builder.mul(index, _const(4)))
-                weight = builder.load(builder.inttoptr(at, _F32.as_pointer()))
+                at = builder.add(at, builder.mul(index, p_step))
+                weight = builder.load(builder.inttoptr(at, _F32.as_pointer()), align=4)
                 many = _splat(builder, weight)
                 for j, value in enumerate(values):
                     new.append(_fma(builder, many, value, sums[m * num_vectors + j]))
             return new
 
-        sums = _loop(builder, count, 1, sums, accumulate)
+        sums = _loop(builder, count, 1, before, accumulate)
         for place, value in zip(places, sums, strict=True):
             pointer = builder.inttoptr(place, _VECTOR.as_pointer())
             if mask is None:
@@ -278,11 +283,12 @@ def _make_weighted_sum(num_inputs: int, num_vectors: int, kind: int):
                 args = [value, pointer, ir.Constant(_I32, 4), mask]
                 _call(builder, name, ir.VoidType(), args)
 
-    codegen = _outlined(f"openm1_sum_{num_inputs}x{num_vectors}_{kind}", 8, build)
+    name = f"openm1_sum_{num_inputs}x{num_vectors}_{kind}_{int(adds)}{int(whole)}"
+    codegen = _outlined(name, 9, build)
 
     @intrinsic
-    def weighted_sum(typingctx, p, p_stride, v, v_stride, count, out, out_stride, width):
-        return types.void(*[types.int64] * 8), codegen
+    def weighted_sum(typingctx, p, p_stride, p_step, v, v_stride, count, out, out_stride, width):
+        return types.void(*[types.int64] * 9), codegen
 
     return weighted_sum
 
@@ -294,10 +300,10 @@ dots_1x1_bf16_ahead, dots_2x4_bf16_ahead, dots_2x8_bf16_ahead = (
 dots_4x4_f32, dots_4x4_bf16, dots_4x4_i8 = (_make_dots(4, 4, kind) for kind in _ELEMENT)
 dots_1x1_f32, dots_1x1_bf16, dots_1x1_i8 = (_make_dots(1, 1, kind) for kind in _ELEMENT)
 weighted_sum_4x4_f32, weighted_sum_4x4_bf16 = (
-    _make_weighted_sum(4, 4, kind) for kind in (FLOAT32, BFLOAT16)
+    make_weighted_sum(4, 4, kind) for kind in (FLOAT32, BFLOAT16)
 )
 weighted_sum_1x1_f32, weighted_sum_1x1_bf16 = (
-    _make_weighted_sum(1, 1, kind) for kind in (FLOAT32, BFLOAT16)
+    make_weighted_sum(1, 1, kind) for kind in (FLOAT32, BFLOAT16)
 )
 
 

@@ -14,16 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from llvmlite import ir
-from numba import types
-from numba.core.extending import intrinsic
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from openm1.kernels.cpu import softmax, vector
-from openm1.kernels.cpu.blocks import address_of, copy_row
+from openm1.kernels.cpu.blocks import STEP, address_of, copy_row
 from openm1.kernels.cpu.compile import kernel, piece
-from openm1.kernels.cpu.training.sharing import RANGES_PER_THREAD, arrays, in_ranges, trains_on_cpu
+from openm1.kernels.cpu.training.sharing import arrays, over_sequences, trains_on_cpu
 from openm1.kernels.cpu.vector import FLOAT32, LANES
 from openm1.kernels.packing import PackedLayout
 
@@ -33,9 +30,10 @@ MAX_TOKENS = 1024
 """In longer sequences what is gone through again and again leaves the cache."""
 
 
-def fits(q: Tensor, layout: PackedLayout) -> bool:
+def fits(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> bool:
     """Whether `causal_attention` is for these: short, fp32, on the CPU, a gradient wanted."""
-    return q.shape[-1] % LANES == 0 and trains_on_cpu(q) and max(layout.lengths) <= MAX_TOKENS
+    small = q.shape[-1] % LANES == 0 and max(layout.lengths) <= MAX_TOKENS
+    return small and trains_on_cpu(q, k, v)
 
 
 def causal_attention(
@@ -55,13 +53,7 @@ class _Attention(torch.autograd.Function):
         out, sums = torch.empty_like(q), q.new_empty(q.shape[:2])
         ctx.bounds = np.array([*layout.starts, layout.num_tokens])
         num_units = layout.num_sequences * k.shape[1]
-        in_ranges(
-            _forward,
-            num_units,
-            ctx.bounds,
-            *arrays(q, k, v, out, sums),
-            ranges_per_thread=RANGES_PER_THREAD,
-        )
+        over_sequences(_forward, num_units, ctx.bounds, *arrays(q, k, v, out, sums))
         ctx.save_for_backward(q, k, v, out, sums)
         return out
 
@@ -73,64 +65,14 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, sums = ctx.saved_tensors
         results = [torch.empty_like(x) for x in (q, k, v)]
         given = arrays(q, k, v, out, sums, grads[0].contiguous(), *results)
-        in_ranges(
-            _backward,
-            (len(ctx.bounds) - 1) * k.shape[1],
-            ctx.bounds,
-            *given,
-            ranges_per_thread=RANGES_PER_THREAD,
-        )
+        over_sequences(_backward, (len(ctx.bounds) - 1) * k.shape[1], ctx.bounds, *given)
         return *results, None
 
 
-def _make_product(num_vectors: int, adds: bool) -> Any:
-    """product(a, a_row, a_column, b, b_row, count, out, out_row).
-
-    out[m, c] = sum_n a[m, n] b[n, c] for QUERIES rows m and num_vectors * LANES columns c, or that
-    much more with `adds`. Addresses of fp32, strides in bytes; those of `a` are free, so that it
-    may be a transposed matrix.
-    """
-
-    def build(builder, a, a_row, a_column, b, b_row, count, out, out_row):
-        columns = [vector._const(4 * LANES * j) for j in range(num_vectors)]
-        rows = [builder.add(out, builder.mul(out_row, vector._const(m))) for m in range(QUERIES)]
-        places = [builder.add(row, at) for row in rows for at in columns]
-        starts = [builder.add(a, builder.mul(a_row, vector._const(m))) for m in range(QUERIES)]
-
-        def accumulate(index, sums):
-            here = builder.add(b, builder.mul(b_row, index))
-            values = [vector._load(builder, builder.add(here, at), FLOAT32) for at in columns]
-            offset = builder.mul(a_column, index)
-            new = []
-            for m, start in enumerate(starts):
-                at = builder.inttoptr(builder.add(start, offset), ir.FloatType().as_pointer())
-                many = vector._splat(builder, builder.load(at, align=4))
-                for j, value in enumerate(values):
-                    new.append(vector._fma(builder, many, value, sums[m * num_vectors + j]))
-            return new
-
-        zero = softmax.floats(0.0)
-        before = [vector._load(builder, at, FLOAT32) if adds else zero for at in places]
-        for place, value in zip(
-            places, vector._loop(builder, count, 1, before, accumulate), strict=True
-        ):
-            builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=4)
-
-    codegen = vector._outlined(f"openm1_product_{num_vectors}_{int(adds)}", 8, build)
-
-    @intrinsic
-    def product(typingctx, a, a_row, a_column, b, b_row, count, out, out_row):
-        return types.void(*[types.int64] * 8), codegen
-
-    return product
-
-
-_score_keys, _sum_rows, _add_rows = (
-    _make_product(*kind) for kind in ((2, False), (1, False), (1, True))
-)
-
-STEP = np.int64(4)
-"""From one fp32 number to the next."""
+_score_keys = vector.make_weighted_sum(QUERIES, 2, FLOAT32, adds=False)
+_sum_rows = vector.make_weighted_sum(QUERIES, 1, FLOAT32, adds=False, whole=True)
+_add_rows = vector.make_weighted_sum(QUERIES, 1, FLOAT32, whole=True)
+WIDTH = np.int64(LANES)
 
 
 @piece
@@ -140,7 +82,7 @@ def multiply_scores(x, turned, size, out):
     for j in range(0, 4 * size, 8 * LANES):
         to = address_of(out) + j
         b, count = address_of(turned) + j, np.int64(x.shape[1])
-        _score_keys(address_of(x), x_row, STEP, b, turned_row, count, to, out_row)
+        _score_keys(address_of(x), x_row, STEP, b, turned_row, count, to, out_row, 2 * WIDTH)
 
 
 @piece
@@ -148,8 +90,8 @@ def sum_weighted(weights, rows, row_bytes, count, out):
     """out[i] = sum_j weights[i, j] row j; `rows` is an address."""
     weights_row, out_row = 4 * weights.shape[1], 4 * out.shape[1]
     for d in range(0, 4 * out.shape[1], 4 * LANES):
-        to = address_of(out) + d
-        _sum_rows(address_of(weights), weights_row, STEP, rows + d, row_bytes, count, to, out_row)
+        p, v, to = address_of(weights), rows + d, address_of(out) + d
+        _sum_rows(p, weights_row, STEP, v, row_bytes, count, to, out_row, WIDTH)
 
 
 @piece
@@ -159,8 +101,8 @@ def add_turned(weights, x, count, out):
     for j in range(0, count, QUERIES):
         at = address_of(weights) + 4 * j
         for d in range(0, x_row, 4 * LANES):
-            to = address_of(out[j]) + d
-            _add_rows(at, STEP, weights_row, address_of(x) + d, x_row, size, to, x_row)
+            v, to = address_of(x) + d, address_of(out[j]) + d
+            _add_rows(at, STEP, weights_row, v, x_row, size, to, x_row, WIDTH)
 
 
 @piece

@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from openm1.kernels.cpu.blocks import sigmoid, silu
 from openm1.kernels.cpu.compile import kernel
-from openm1.kernels.cpu.training.norm import ONE, sigmoid
+from openm1.kernels.cpu.training.norm import ONE
 from openm1.kernels.cpu.training.sharing import arrays, in_ranges, trains_on_cpu
 from openm1.kernels.product import product, weight_gradient
 
@@ -85,7 +86,7 @@ def _swiglu(first, stop, gate, up, shares, hidden):
     for t in range(first, stop):
         gates, ups, to, share = gate[t], up[t], hidden[t], shares[t]
         for i in range(gates.size):
-            to[i] = share * (gates[i] * sigmoid(gates[i]) * ups[i])
+            to[i] = share * (silu(gates[i]) * ups[i])
 
 
 @kernel
@@ -96,11 +97,11 @@ def _swiglu_back(first, stop, gate, up, shares, to_hidden, hidden, to_gate, to_u
         total = np.float32(0.0)
         for i in range(gates.size):
             opened = sigmoid(gates[i])
-            silu = gates[i] * opened
-            total += above[i] * silu * ups[i]
-            to[i] = share * silu * ups[i]
-            to_ups[i] = share * above[i] * silu
-            to_gates[i] = share * above[i] * ups[i] * (opened + silu * (ONE - opened))
+            passed = gates[i] * opened
+            total += above[i] * passed * ups[i]
+            to[i] = share * passed * ups[i]
+            to_ups[i] = share * above[i] * passed
+            to_gates[i] = share * above[i] * ups[i] * (opened + passed * (ONE - opened))
         to_shares[t] = total
 
 

@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from openm1.kernels.cpu import vector
-from openm1.kernels.cpu.blocks import address_of
+from openm1.kernels.cpu.blocks import address_of, sigmoid, silu
 from openm1.kernels.cpu.compile import kernel, piece
-from openm1.kernels.cpu.training.norm import ONE, sigmoid
-from openm1.kernels.cpu.training.sharing import RANGES_PER_THREAD, arrays, in_ranges, trains_on_cpu
+from openm1.kernels.cpu.training.norm import ONE
+from openm1.kernels.cpu.training.sharing import arrays, over_sequences, trains_on_cpu
 from openm1.kernels.cpu.vector import FLOAT32, LANES
 from openm1.kernels.packing import PackedLayout
 
@@ -63,13 +63,7 @@ class _Lightning(torch.autograd.Function):
         ctx.bounds = np.array([*layout.starts, layout.num_tokens])
         out = projected.new_empty(len(projected), projected.shape[1] // 3)
         given = arrays(projected, fades, out)
-        in_ranges(
-            _forward,
-            _num_units(ctx.bounds, fades),
-            ctx.bounds,
-            *given,
-            ranges_per_thread=RANGES_PER_THREAD,
-        )
+        over_sequences(_forward, _num_units(ctx.bounds, fades), ctx.bounds, *given)
         return out
 
     @staticmethod
@@ -80,13 +74,7 @@ class _Lightning(torch.autograd.Function):
         projected, fades = ctx.saved_tensors
         to_projected = torch.empty_like(projected)
         given = arrays(projected, fades, grads[0].contiguous(), to_projected)
-        in_ranges(
-            _backward,
-            _num_units(ctx.bounds, fades),
-            ctx.bounds,
-            *given,
-            ranges_per_thread=RANGES_PER_THREAD,
-        )
+        over_sequences(_backward, _num_units(ctx.bounds, fades), ctx.bounds, *given)
         return to_projected, None, None
 
 
@@ -167,7 +155,7 @@ def activate(projected, first, count, columns, out):
     for t in range(count):
         row, to = projected[first + t, columns[0] : columns[1]], out[t]
         for i in range(row.size):
-            to[i] = row[i] * sigmoid(row[i])
+            to[i] = silu(row[i])
 
 
 @piece

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from openm1.kernels.cpu import vector
-from openm1.kernels.cpu.compile import kernel, piece
+from openm1.kernels.cpu.blocks import rms_scale, sigmoid
+from openm1.kernels.cpu.compile import kernel
 from openm1.kernels.cpu.training.sharing import arrays, in_ranges
 
 ONE = np.float32(1.0)
@@ -73,24 +73,11 @@ class _GatedRMSNorm(torch.autograd.Function):
         return to_x, to_gate, torch.from_numpy(sum(parts)), None
 
 
-@piece
-def sigmoid(x):
-    return ONE / (ONE + vector.exp_f32(-x))
-
-
-@piece
-def scale_of(row, eps):
-    total = np.float32(0.0)
-    for i in range(row.size):
-        total += row[i] * row[i]
-    return ONE / np.sqrt(total / np.float32(row.size) + eps)
-
-
 @kernel
 def _norm(first, stop, eps, x, weight, out, scales):
     for t in range(first, stop):
         row, to = x[t], out[t]
-        scale = scale_of(row, eps)
+        scale = rms_scale(row, eps, row.size)
         scales[t] = scale
         for i in range(row.size):
             to[i] = row[i] * scale * weight[i]
@@ -115,7 +102,7 @@ def _norm_back(first, stop, x, weight, scales, grad, to_x):
 def _gated(first, stop, eps, x, gate, weight, out, scales):
     for t in range(first, stop):
         row, gates, to = x[t], gate[t], out[t]
-        scale = scale_of(row, eps)
+        scale = rms_scale(row, eps, row.size)
         scales[t] = scale
         for i in range(row.size):
             to[i] = sigmoid(gates[i]) * (row[i] * scale * weight[i])

@@ -12,9 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RANGES_PER_THREAD = 4
-"""Where units are sequences: so that nobody waits long for who has the longest."""
-
 
 def trains_on_cpu(*tensors: Tensor) -> bool:
     """Whether a gradient is wanted of fp32 tensors on the CPU."""
@@ -29,15 +26,23 @@ def arrays(*tensors: Tensor) -> list[np.ndarray]:
     return [x.detach().numpy() for x in tensors]
 
 
-def in_ranges(
-    kernel: Callable[..., Any], count: int, *arguments: Any, ranges_per_thread: int = 1
-) -> list[Any]:
+def in_ranges(kernel: Callable[..., Any], count: int, *arguments: Any) -> list[Any]:
     """kernel(first, stop, *arguments) over all of `count` units; what it returned for each range.
 
-    As many at a time as torch has threads; several ranges for each where units differ in size, so
-    that nobody waits long for the last one. The kernel gives up the GIL and writes nothing for
-    units that are not its own.
+    As many at a time as torch has threads. The kernel gives up the GIL and writes nothing for units
+    that are not its own.
     """
+    return _share_out(kernel, count, arguments, ranges_per_thread=1)
+
+
+def over_sequences(kernel: Callable[..., Any], count: int, *arguments: Any) -> None:
+    """`in_ranges` for units that differ in size: so many that nobody waits long for the largest."""
+    _share_out(kernel, count, arguments, ranges_per_thread=4)
+
+
+def _share_out(
+    kernel: Callable[..., Any], count: int, arguments: tuple[Any, ...], *, ranges_per_thread: int
+) -> list[Any]:
     threads = min(torch.get_num_threads(), count)
     if threads <= 1:
         return [kernel(0, count, *arguments)]
